@@ -1,0 +1,21 @@
+"""ewa3d: train-time structure that collapses into a plain model, for transformers on point clouds and images."""
+from typing import TYPE_CHECKING
+
+__version__ = '0.1.0.dev0'
+__all__ = ['__version__', 'Reparam', 'expand', 'fuse', 'attach_ewa', 'build']
+
+_LAZY = {'Reparam': 'ewa3d.reparam', 'expand': 'ewa3d.reparam', 'fuse': 'ewa3d.reparam',
+         'attach_ewa': 'ewa3d.engine.averaging', 'build': 'ewa3d.models.build'}
+
+if TYPE_CHECKING:
+    from ewa3d.engine.averaging import attach_ewa
+    from ewa3d.models.build import build
+    from ewa3d.reparam import Reparam, expand, fuse
+
+
+def __getattr__(name: str):
+    """Import on first use, so that ``import ewa3d`` is quick and needs nothing optional."""
+    if name in _LAZY:
+        from importlib import import_module
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,0 +1,34 @@
+"""What flows through the framework: :class:`Sample` (one example's annotations and predictions) and :class:`Tokens`."""
+from typing import NamedTuple
+
+from mmengine.structures import BaseDataElement
+from torch import Tensor
+
+__all__ = ['Sample', 'Tokens']
+
+
+class Sample(BaseDataElement):
+    """Annotations and predictions of one example.
+
+    Data fields, each present only where the task has it:
+
+    * ``gt_label`` int64 ``()``; ``pred_label`` int64 ``()``; ``pred_scores`` float ``(num_classes,)``, probabilities;
+    * ``gt_parts`` int64 ``(N,)``, one label a point.
+
+    Metainfo: ``name`` (what the data set calls the example, used in error messages) and ``index``.
+    """
+
+
+class Tokens(NamedTuple):
+    """What a tokenizer returns.
+
+    Shape:
+        - x: ``(B, L, C)`` token features.
+        - pos: ``(B, L, C)`` positional embedding, added by the backbone.
+        - coord: ``(B, L, D)`` where each token sits (group centres, patch grid).
+        - target: what a masked model reconstructs, ``(B, L, K, D)`` for points (local coordinates), or ``None``.
+    """
+    x: Tensor
+    pos: Tensor
+    coord: Tensor
+    target: Tensor | None = None
