@@ -1,0 +1,331 @@
+"""Pictures of clouds, predictions, curves and confusion matrices as PNG, clouds as PLY; no display needed.
+
+Clouds are drawn by an own orthographic projection: rotate, sort by depth, scatter. That is quicker than a 3-D axis and
+keeps the aspect equal. matplotlib is imported on first use and only through figure objects with the Agg canvas, so
+nothing here touches pyplot's global state or a caller's backend.
+
+Every writer returns the path, creates missing folders and replaces the file in one step: a reader sees the old file
+or the new one, never half of one.
+"""
+import io
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ewa3d.registry import nearest
+
+__all__ = ['draw_clouds', 'draw_predictions', 'draw_curves', 'draw_confusion', 'write_ply', 'write_atomic', 'palette']
+
+INK, MUTED = '#23272f', '#8a919c'
+RIGHT, WRONG, PLAIN = '#1f8a70', '#d1495b', '#3a6ea5'
+# Twelve colours that stay apart in print and for most colour-blind readers; more labels repeat them.
+PALETTE = ('#3a6ea5', '#e07b39', '#1f8a70', '#d1495b', '#7b5ea7', '#d4a017', '#4aa8c0', '#8c564b', '#6b8e23', '#c770a8',
+           '#5b6c8f', '#b35c1e')
+UP_AXES = {'x': (1, 2, 0), 'y': (2, 0, 1), 'z': (0, 1, 2)}  # even permutations: no mirror image
+
+
+def write_atomic(path, data: bytes | str) -> Path:
+    """Write ``data`` to ``path`` through a temporary file beside it and a rename."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder; expected the name of a file to write')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    payload = data.encode() if isinstance(data, str) else data
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(payload)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, colors: Sequence | None = None,
+                title_colors: Sequence[str] | None = None, columns: int | None = None, heading: str = '',
+                up: str = 'z', azimuth: float = 40., elevation: float = 22., size: float = 2.2) -> Path:
+    """A grid of point clouds, each centred and scaled to its cell, as a PNG.
+
+    Args:
+        clouds: arrays or tensors ``(N_i, 3 + F)``; the first three columns are drawn.
+        titles: a line below each cloud. title_colors: its colour.
+        colors: by cloud, a colour for all points, or ``(N_i, 3)`` RGB in [0, 1] or uint8, or ``(N_i,)`` integer labels.
+        columns: of the grid; by default as square as it gets, at most 8.
+        up: the data's vertical axis, ``'x'``, ``'y'`` or ``'z'``.
+        azimuth, elevation: degrees; where the viewer stands. size: inches of a cell.
+
+    Raises:
+        ValueError: no cloud, an empty one, non-finite coordinates, or lists of different lengths.
+    """
+    arrays = [_cloud(cloud, f'clouds[{i}]') for i, cloud in enumerate(_listed(clouds, 'clouds'))]
+    count = len(arrays)
+    titles = _per_cloud(titles, count, '', 'titles')
+    title_colors = _per_cloud(title_colors, count, INK, 'title_colors')
+    colors = _per_cloud(colors, count, PLAIN, 'colors')
+    view = _view(up, azimuth, elevation)
+    columns = columns or min(8, math.ceil(math.sqrt(count)))
+    if columns < 1:
+        raise ValueError(f'columns = {columns}; expected a positive number')
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    top = 0.45 if heading else 0.08
+    line = 0.30 if any(titles) else 0.0
+    width, height = columns * size, rows * (size + line) + top
+    figure = _figure(width, height)
+    for i, points in enumerate(arrays):
+        row, column = divmod(i, columns)
+        bottom = height - top - (row + 1) * (size + line) + line
+        axes = figure.add_axes((column * size / width, bottom / height, size / width, size / height))
+        _scatter(axes, points @ view.T, _point_colors(colors[i], len(points), f'colors[{i}]'), size)
+        if titles[i]:
+            figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, titles[i], color=title_colors[i],
+                        ha='center', va='top', fontsize=9)
+    if heading:
+        figure.text(0.5, 1 - 0.15 / height, heading, ha='center', va='top', fontsize=12, color=INK, weight='bold')
+    return _save(figure, path)
+
+
+def draw_predictions(clouds: Sequence, truth: Sequence[int], predicted: Sequence[int], classes: Sequence[str], path,
+                     **kwargs) -> Path:
+    """:func:`draw_clouds` with the predicted class below each cloud: right ones green, wrong ones red with the truth.
+
+    Args:
+        truth, predicted: class indices, one a cloud. classes: their names. kwargs: of :func:`draw_clouds`.
+    """
+    truth, predicted = _labels(truth, len(classes), 'truth'), _labels(predicted, len(classes), 'predicted')
+    clouds = _listed(clouds, 'clouds')
+    if not len(clouds) == len(truth) == len(predicted):
+        raise ValueError(f'{len(clouds)} clouds, {len(truth)} true and {len(predicted)} predicted labels; '
+                         f'expected as many of each')
+    right = [t == p for t, p in zip(truth, predicted)]
+    titles = [f'✓ {classes[p]}' if ok else f'✗ {classes[p]}, is {classes[t]}'
+              for t, p, ok in zip(truth, predicted, right)]
+    marks = [RIGHT if ok else WRONG for ok in right]
+    return draw_clouds(clouds, path, titles=titles, title_colors=marks,
+                       **{'colors': [PLAIN if ok else WRONG for ok in right], **kwargs})
+
+
+def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', heading: str = '') -> Path:
+    """Line plots side by side as a PNG.
+
+    Args:
+        panels: what the y axis shows → name of a curve → ``y`` values, or a pair ``(x, y)``. Non-finite values leave
+            a gap. A name has the same colour in every panel.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError('panels is empty or has a panel without curves; expected {"loss": {"run": values}}')
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    tint = dict(zip(names, (PALETTE[i % len(PALETTE)] for i in range(len(names)))))
+    figure = _figure(4.4 * len(panels), 3.2)
+    for i, (ylabel, curves) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for name, values in curves.items():
+            x, y = _curve(values, f'panels[{ylabel!r}][{name!r}]')
+            marker = 'o' if len(x) < 25 else ''
+            axes.plot(x, y, color=tint[name], label=name, linewidth=1.8, marker=marker, markersize=3)
+        axes.set_xlabel(xlabel, color=INK)
+        axes.set_ylabel(ylabel, color=INK)
+        axes.grid(color='#e4e7eb', linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.spines[['left', 'bottom']].set_color(MUTED)
+        axes.tick_params(colors=MUTED, labelcolor=INK)
+        axes.legend(frameon=False)
+    if heading:
+        figure.suptitle(heading, color=INK, weight='bold')
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def draw_confusion(matrix, classes: Sequence[str], path, *, heading: str = '') -> Path:
+    """A confusion matrix of counts, rows the truth, columns the prediction, shaded by the share of its row, as a PNG.
+
+    Shape:
+        - matrix: ``(K, K)`` non-negative counts, with ``K = len(classes)``.
+    """
+    counts = _numpy(matrix)
+    size = len(classes)
+    if counts.shape != (size, size) or size == 0:
+        raise ValueError(f'matrix has shape {counts.shape}; expected {(size, size)} for {size} classes')
+    if not np.isfinite(counts).all() or (counts < 0).any():
+        raise ValueError('matrix has negative or non-finite entries; expected counts')
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    inches = max(3.2, 1.6 + 0.42 * size)
+    figure = _figure(inches, inches)
+    axes = figure.add_subplot()
+    axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    if size <= 25:  # beyond that the numbers do not fit into the cells
+        for i, j in zip(*np.nonzero(counts)):
+            axes.text(j, i, f'{counts[i, j]:g}', ha='center', va='center', fontsize=7.5,
+                      color='white' if share[i, j] > 0.55 else INK)
+    axes.set_xticks(range(size), classes, rotation=45, ha='right', rotation_mode='anchor')
+    axes.set_yticks(range(size), classes)
+    axes.set_xlabel('predicted', color=INK)
+    axes.set_ylabel('true', color=INK)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelcolor=INK, labelsize=9 if size <= 25 else 6)
+    axes.set_title(heading, color=INK, weight='bold')
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def write_ply(path, points, colors=None) -> Path:
+    """A cloud as a binary little-endian PLY file: x y z float32 and, with ``colors``, red green blue uint8.
+
+    Shape:
+        - points: ``(N, 3 + F)``; the first three columns are written.
+        - colors: as in :func:`draw_clouds`, for this one cloud.
+    """
+    points = _cloud(points, 'points')
+    fields = [('x', '<f4'), ('y', '<f4'), ('z', '<f4')]
+    if colors is not None:
+        fields += [('red', 'u1'), ('green', 'u1'), ('blue', 'u1')]
+    vertices = np.zeros(len(points), dtype=fields)
+    for axis, name in enumerate('xyz'):
+        vertices[name] = points[:, axis]
+    if colors is not None:
+        rgb = np.rint(_point_colors(colors, len(points), 'colors') * 255).astype(np.uint8)
+        for channel, name in enumerate(('red', 'green', 'blue')):
+            vertices[name] = rgb[:, channel]
+    kinds = {'<f4': 'float', 'u1': 'uchar'}
+    header = ['ply', 'format binary_little_endian 1.0', f'element vertex {len(points)}',
+              *(f'property {kinds[kind]} {name}' for name, kind in fields), 'end_header', '']
+    return write_atomic(path, '\n'.join(header).encode('ascii') + vertices.tobytes())
+
+
+def palette(labels) -> np.ndarray:
+    """RGB in [0, 1] for integer labels, ``(N,)`` → ``(N, 3)``; negative labels (ignored points) are grey."""
+    labels = _numpy(labels).astype(np.int64)
+    table = np.array([_rgb(color) for color in (*PALETTE, '#b9bec6')])
+    return table[np.where(labels < 0, len(PALETTE), labels % len(PALETTE))]
+
+
+def _scatter(axes, seen: np.ndarray, rgb: np.ndarray, size: float) -> None:
+    """Points in view coordinates (right, away, up): near ones in front, larger and darker; far ones fade to white."""
+    seen = seen - (seen.min(0) + seen.max(0)) / 2
+    half = np.maximum(seen.max(0), 1e-12)  # of the extent, by view axis
+    order = np.argsort(-seen[:, 1], kind='stable')
+    near = 0.5 - 0.5 * seen[order, 1] / half[1]  # 0 far, 1 near
+    fade = (0.7 * (1 - near) ** 1.3)[:, None]
+    light = (0.9 + 0.1 * seen[order, 2] / half[2])[:, None]  # from above
+    fill = rgb[order] * light * (1 - fade) + fade
+    area = float(np.clip(6000 / len(seen), 1.2, 20)) * (size / 2.2) ** 2
+    plane = seen[order][:, [0, 2]] / max(half[0], half[2])
+    axes.scatter(plane[:, 0], plane[:, 1], c=fill, s=area * (0.55 + 0.75 * near), edgecolors=fill * 0.78,
+                 linewidths=0.3)
+    axes.set_xlim(-1.18, 1.18)
+    axes.set_ylim(-1.18, 1.18)
+    axes.set_aspect('equal')
+    axes.set_axis_off()
+
+
+def _view(up: str, azimuth: float, elevation: float) -> np.ndarray:
+    """Rotation to (right, away, up) of the viewer, ``(3, 3)``, for data whose vertical axis is ``up``."""
+    if up not in UP_AXES:
+        raise ValueError(f'up = {up!r}; {nearest(up, UP_AXES)}')
+    a, e = math.radians(azimuth), math.radians(elevation)
+    right = np.array([-math.sin(a), math.cos(a), 0])
+    away = -np.array([math.cos(a) * math.cos(e), math.sin(a) * math.cos(e), math.sin(e)])
+    return np.stack([right, away, np.cross(right, away)])[:, np.argsort(UP_AXES[up])]
+
+
+def _cloud(value, name: str) -> np.ndarray:
+    points = _numpy(value)
+    if points.ndim != 2 or points.shape[1] < 3 or len(points) == 0:
+        raise ValueError(f'{name} has shape {points.shape}; expected (N, 3 + F) with N > 0')
+    points = points[:, :3].astype(np.float64)
+    bad = int((~np.isfinite(points)).any(1).sum())
+    if bad:
+        raise ValueError(f'{name} has {bad} points with NaN or infinite coordinates; expected finite ones')
+    return points
+
+
+def _point_colors(value, count: int, name: str) -> np.ndarray:
+    """Any of the accepted colour forms → RGB in [0, 1], ``(count, 3)``."""
+    if isinstance(value, str):
+        return np.tile(_rgb(value), (count, 1))
+    array = _numpy(value)
+    if array.shape == (count,) and np.issubdtype(array.dtype, np.integer):
+        return palette(array)
+    if array.shape == (3,) and (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
+        array = np.tile(array, (count, 1))
+    if array.shape != (count, 3):
+        raise ValueError(f'{name} has shape {array.shape} and type {array.dtype}; expected a colour, ({count}, 3) RGB '
+                         f'or ({count},) integer labels')
+    rgb = array / 255. if array.dtype == np.uint8 else array.astype(np.float64)
+    if not ((rgb >= 0) & (rgb <= 1)).all():
+        raise ValueError(f'{name} has values outside [0, 1]; expected RGB in [0, 1], or 0 to 255 as uint8')
+    return rgb
+
+
+def _curve(values, name: str) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(values, tuple) and len(values) == 2:
+        x, y = (_numpy(v).astype(np.float64) for v in values)
+    else:
+        y = _numpy(values).astype(np.float64)
+        x = np.arange(1, len(y) + 1) if y.ndim == 1 else y
+    if y.ndim != 1 or x.shape != y.shape or len(y) == 0:
+        raise ValueError(f'{name} has x {x.shape} and y {y.shape}; expected two non-empty lists of the same length')
+    return x, y
+
+
+def _labels(values, classes: int, name: str) -> list[int]:
+    labels = [int(v) for v in values]
+    outside = [v for v in labels if not 0 <= v < classes]
+    if outside:
+        raise ValueError(f'{name} has the label {outside[0]}; expected 0 to {classes - 1} for {classes} classes')
+    return labels
+
+
+def _per_cloud(values, count: int, default, name: str) -> list:
+    if values is None:
+        return [default] * count
+    if isinstance(values, str) or len(values) != count:
+        raise ValueError(f'{name}: expected a list with one entry for each of {count} clouds, got {values!r}'[:300])
+    return list(values)
+
+
+def _listed(clouds, name: str) -> list:
+    clouds = list(clouds)
+    if not clouds:
+        raise ValueError(f'{name} is empty; expected at least one cloud')
+    return clouds
+
+
+def _numpy(value) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def _rgb(color: str) -> tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+    return to_rgb(color)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), facecolor='white')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path) -> Path:
+    path = Path(path)
+    if path.suffix.lower() != '.png':
+        raise ValueError(f'{path}: expected a file name that ends in .png')
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=130, metadata={'Software': None})  # the same picture, the same bytes
+    return write_atomic(path, buffer.getvalue())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
