@@ -1,0 +1,161 @@
+"""How variants are timed, and what is reported.
+
+A shared machine drifts: what is timed one minute after the other differs by more than the effect that is looked for.
+So the variants of a :class:`Case` take turns, each round in another order, and a ratio is the median over the rounds
+of (variant / baseline) within one round. Numbers are reported, never judged.
+"""
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+__all__ = ['Settings', 'Case', 'Row', 'measure', 'table', 'report', 'DTYPES']
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
+MIN_SECONDS = 0.02  # work shorter than this is repeated within one timing
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a suite may depend on. ``quick`` asks for tiny sizes: a check that the suite runs, not a measurement."""
+    device: torch.device = field(default_factory=lambda: torch.device('cpu'))
+    dtypes: tuple[str, ...] = ('fp32', 'bf16')
+    threads: int = 1
+    repeat: int = 15
+    quick: bool = False
+    seed: int = 0
+
+    def autocast(self, dtype: str):
+        """The context in which a variant of ``dtype`` (a key of ``DTYPES``) runs; fp32 is autocast switched off."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype != 'fp32')
+
+
+@dataclass
+class Case:
+    """Variants of one piece of work, the first being the baseline: name → a function that builds the timed function.
+
+    Building is not timed. The order of ``variants`` is the order of the table's rows.
+    """
+    name: str
+    variants: dict[str, Callable[[], Callable[[], object]]]
+
+    def __post_init__(self):
+        if not self.variants:
+            raise ValueError(f'case {self.name!r} has no variants; expected at least a baseline')
+
+
+@dataclass
+class Row:
+    """One variant's timings, in seconds; ``ratios`` are to the baseline, round by round."""
+    suite: str
+    case: str
+    variant: str
+    seconds: list[float]
+    ratios: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict:
+        """Flat numbers of this row: what the JSON file holds next to the raw timings."""
+        return dict(suite=self.suite, case=self.case, variant=self.variant,
+                    median_s=statistics.median(self.seconds), min_s=min(self.seconds), max_s=max(self.seconds),
+                    ratio=statistics.median(self.ratios), ratio_min=min(self.ratios), ratio_max=max(self.ratios),
+                    seconds=self.seconds)
+
+
+def measure(case: Case, settings: Settings, suite: str = '') -> list[Row]:
+    """Time the variants of ``case`` in turns, ``settings.repeat`` rounds, after two untimed calls of each."""
+    if settings.repeat < 1:
+        raise ValueError(f'repeat = {settings.repeat}; expected at least 1')
+    work = {}
+    for name, build in case.variants.items():
+        torch.manual_seed(settings.seed)  # every variant starts from the same numbers
+        work[name] = build()
+    once = []
+    for function in work.values():
+        _seconds(function, 1, settings.device)  # the first call allocates, compiles, fills caches
+        once.append(_seconds(function, 1, settings.device))
+    loops = max(1, min(1000, round(MIN_SECONDS / max(*once, 1e-9))))
+    rows = {name: Row(suite, case.name, name, []) for name in work}
+    order, shuffle = list(work), random.Random(settings.seed).shuffle
+    for _ in range(settings.repeat):
+        shuffle(order)
+        for name in order:
+            rows[name].seconds.append(_seconds(work[name], loops, settings.device))
+    baseline = rows[next(iter(work))].seconds
+    for row in rows.values():
+        row.ratios = [mine / base for mine, base in zip(row.seconds, baseline)]
+    return list(rows.values())
+
+
+def table(rows: Iterable[Row]) -> str:
+    """A table in Markdown, one row a variant, times in milliseconds."""
+    lines = ['| suite | case | variant | median ms | min | max | ratio | ratio min–max |',
+             '|---|---|---|--:|--:|--:|--:|--:|']
+    for row in (row.summary() for row in rows):
+        times = ' | '.join(_ms(row[key]) for key in ('median_s', 'min_s', 'max_s'))
+        lines.append(f'| {row["suite"]} | {row["case"]} | {row["variant"]} | {times} | {row["ratio"]:.3f} '
+                     f'| {row["ratio_min"]:.3f}–{row["ratio_max"]:.3f} |')
+    return '\n'.join(lines)
+
+
+def report(rows: Iterable[Row], settings: Settings) -> dict:
+    """Everything that a number needs to mean something, JSON-able: hardware, versions, settings, rows with spread."""
+    options = {**asdict(settings), 'device': str(settings.device)}
+    return dict(format=1, hardware=hardware(settings.device), versions=versions(), settings=options,
+                rows=[row.summary() for row in rows])
+
+
+def hardware(device: torch.device) -> dict:
+    """The processor, its cores and load, and the GPU when one is used."""
+    found = dict(cpu=_cpu_name(), cores=os.cpu_count(), usable_cores=_usable_cores(),
+                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
+                 load_average=list(os.getloadavg()) if hasattr(os, 'getloadavg') else None, gpu=None)
+    if device.type == 'cuda':
+        found.update(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
+    return found
+
+
+def versions() -> dict:
+    """Versions of Python, the system and the packages that decide about speed."""
+    found = dict(python=platform.python_version(), system=platform.platform(terse=True))
+    for name in ('ewa3d', 'torch', 'numpy', 'scipy', 'numba'):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _seconds(function: Callable, loops: int, device: torch.device) -> float:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(loops):
+        function()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / loops
+
+
+def _ms(seconds: float) -> str:
+    return f'{seconds * 1e3:.3g}' if seconds < 0.1 else f'{seconds * 1e3:.0f}'
+
+
+def _usable_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def _cpu_name() -> str:
+    info = Path('/proc/cpuinfo')
+    if info.exists():
+        names = [line.partition(':')[2].strip() for line in info.read_text(errors='replace').splitlines()
+                 if line.startswith(('model name', 'Model'))]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()

@@ -1,0 +1,91 @@
+"""The command line of the benchmarks; ``tools/bench.py`` calls :func:`main`."""
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ewa3d.bench import layers, ops, step
+from ewa3d.bench.harness import DTYPES, Case, Row, Settings, measure, report, table
+from ewa3d.registry import nearest
+from ewa3d.visualization import write_atomic
+
+__all__ = ['SUITES', 'main', 'run']
+
+# A suite is a function from settings to cases. A new one is a module with such a function and a line here.
+SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
+    'step': step.cases,      # training steps: plain, EWA
+    'layers': layers.cases,  # one FFN, forward and backward
+    'ops': ops.cases,        # point operators against portable torch forms
+}
+
+
+def run(suites: Sequence[str], settings: Settings, tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
+    """Measure the cases of ``suites``; ``tell`` hears of each row when its case is done.
+
+    Raises:
+        ValueError: a suite that does not exist.
+    """
+    for name in suites:
+        if name not in SUITES:
+            raise ValueError(f'no suite {name!r}; {nearest(name, SUITES)}')
+    rows = []
+    for name in suites:
+        for case in SUITES[name](settings):
+            for row in measure(case, settings, name):
+                rows.append(row)
+                tell(row)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python tools/bench.py [suite ...] [--threads N] [--dtype fp32 bf16] [--repeat R] [--out FILE] [--quick]``"""
+    parser = argparse.ArgumentParser(prog='bench.py', description='Compare variants in one run; reports, never judges.')
+    parser.add_argument('suites', nargs='*', metavar='suite', help=f'of {", ".join(SUITES)}; all by default')
+    parser.add_argument('--threads', type=int, default=1, help='compute threads (default: %(default)s)')
+    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=list(DTYPES), help='default: all')
+    parser.add_argument('--repeat', type=int, default=15, help='rounds in which the variants take turns')
+    parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--out', help='write hardware, versions, settings and all timings to this JSON file')
+    parser.add_argument('--quick', action='store_true', help='tiny sizes: does it run? Its numbers mean nothing.')
+    args = parser.parse_args(argv)
+    if args.threads < 1 or args.repeat < 1:
+        parser.error(f'--threads {args.threads} --repeat {args.repeat}: both must be at least 1')
+    device = torch.device(args.device)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        parser.error(f'--device {args.device}: torch sees no CUDA device here')
+    unknown = next((name for name in args.suites if name not in SUITES), None)
+    if unknown is not None:
+        parser.error(f'no suite {unknown!r}; {nearest(unknown, SUITES)}')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        settings = Settings(device, tuple(args.dtype), args.threads, args.repeat, args.quick, args.seed)
+        rows = run(args.suites or list(SUITES), settings, _progress)
+    finally:
+        torch.set_num_threads(threads)
+    result = report(rows, settings)
+    _say(_describe(result), table(rows), sep='\n\n')
+    if args.out:
+        _say(f'written to {write_atomic(args.out, json.dumps(result, indent=1) + chr(10))}')
+    return 0
+
+
+def _describe(result: dict) -> str:
+    machine, kit = result['hardware'], result['versions']
+    settings = result['settings']
+    where = machine['gpu'] or f'{machine["cpu"]}, {machine["usable_cores"]} of {machine["cores"]} cores usable'
+    quick = '; --quick: the numbers mean nothing' if settings['quick'] else ''
+    return (f'{where}; {settings["threads"]} thread(s), {settings["repeat"]} rounds; torch {kit["torch"]}, Python '
+            f'{kit["python"]}; ratio: median over rounds of time / baseline (first variant of its case){quick}')
+
+
+def _progress(row: Row) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f'{row.suite} · {row.case} · {row.variant}: {row.summary()["median_s"] * 1e3:.3g} ms\n')
+
+
+def _say(*parts: str, sep: str = '\n') -> None:
+    sys.stdout.write(sep.join(parts) + '\n')

@@ -1,0 +1,77 @@
+"""Point operators against plain torch forms of the same thing."""
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ewa3d.bench.harness import Case, Settings
+
+__all__ = ['cases']
+
+FPS_SIZES = ((32, 1024, 64), (32, 2048, 128), (8, 8192, 512), (1, 100_000, 2048))  # batch, points, samples
+KNN_SIZES = ((32, 1024, 64, 32), (32, 2048, 128, 32), (8, 8192, 512, 32), (1, 100_000, 2048, 32))  # …, queries, k
+QUICK_FPS, QUICK_KNN = ((2, 64, 8),), ((2, 64, 8, 4),)
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """FPS and kNN at four sizes, in float32 whatever the dtype."""
+    from ewa3d import ops
+    for batch, points, samples in QUICK_FPS if settings.quick else FPS_SIZES:
+        cloud = _clouds(batch, points, settings)
+        yield Case(f'fps {batch}×{points}→{samples}', {
+            'mask assign': _bound(fps_mask_assign, cloud, samples),
+            'ewa3d': _bound(ops.fps, cloud, samples)})
+    for batch, points, queries, k in QUICK_KNN if settings.quick else KNN_SIZES:
+        cloud = _clouds(batch, points, settings)
+        centres = cloud[:, :queries].contiguous()
+        yield Case(f'knn {batch}×{points}, {queries} queries, k={k}', {
+            'cdist + topk': _bound(knn_cdist, centres, cloud, k),
+            'centred product + topk': _bound(knn_centred_product, centres, cloud, k),
+            'ewa3d': _bound(ops.knn, centres, cloud, k)})
+
+
+def fps_mask_assign(points: Tensor, num: int) -> Tensor:
+    """Farthest point sampling the way it is usually written: update the nearest distances through a boolean mask.
+
+    Shape:
+        - points: ``(B, N, 3)``. Returns indices ``(B, num)``.
+    """
+    batch, count, _ = points.shape
+    rows = torch.arange(batch, device=points.device)
+    chosen = torch.zeros(batch, num, dtype=torch.long, device=points.device)
+    nearest = torch.full((batch, count), float('inf'), device=points.device)
+    last = torch.zeros(batch, dtype=torch.long, device=points.device)
+    for i in range(num):
+        chosen[:, i] = last
+        distance = (points - points[rows, last][:, None]).square().sum(-1)
+        closer = distance < nearest
+        nearest[closer] = distance[closer]
+        last = nearest.argmax(-1)
+    return chosen
+
+
+def knn_cdist(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """k nearest neighbours from all differences (exact far from the origin): distances and indices ``(B, M, k)``."""
+    return torch.cdist(query, points, compute_mode='donot_use_mm_for_euclid_dist').topk(k, largest=False)
+
+
+def knn_centred_product(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """k nearest neighbours from one matrix product of the centred coordinates: squared distances and indices."""
+    centre = points.mean(1, keepdim=True)
+    query, points = query - centre, points - centre
+    squares = points.square().sum(-1)[:, None]  # (B, 1, N): |q|² shifts a whole row and cannot change its order
+    near, index = torch.baddbmm(squares, query, points.transpose(1, 2), alpha=-2).topk(k, largest=False)
+    return near + query.square().sum(-1, keepdim=True), index
+
+
+def _clouds(batch: int, points: int, settings: Settings) -> Tensor:
+    generator = torch.Generator().manual_seed(settings.seed)
+    return torch.randn(batch, points, 3, generator=generator).to(settings.device)
+
+
+def _bound(function, *args):
+    """A builder (see :class:`Case`) of ``function(*args)`` without gradients."""
+    def call():
+        with torch.no_grad():
+            return function(*args)
+    return lambda: call
