@@ -39,7 +39,7 @@ def fps_mask_assign(points: Tensor, num: int) -> Tensor:
     batch, count, _ = points.shape
     rows = torch.arange(batch, device=points.device)
     chosen = torch.zeros(batch, num, dtype=torch.long, device=points.device)
-    nearest = torch.full((batch, count), float('inf'), device=points.device)
+    nearest = points.new_full((batch, count), float('inf'))
     last = torch.zeros(batch, dtype=torch.long, device=points.device)
     for i in range(num):
         chosen[:, i] = last

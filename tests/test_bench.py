@@ -1,0 +1,138 @@
+"""The benchmarks run, take turns, keep raw timings, and compare forms that compute the same. Nothing is judged."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ewa3d.bench import SUITES, Case, Settings, harness, main, measure, report
+from ewa3d.bench.ops import fps_mask_assign, knn_cdist, knn_centred_product
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the timed work moves."""
+    state = {'now': 0.}
+    monkeypatch.setattr(harness.time, 'perf_counter', lambda: state['now'])
+    return state
+
+
+def case_of(clock, calls=None, **seconds):
+    def build(name, cost):
+        def work():
+            clock['now'] += cost
+            if calls is not None:
+                calls.append(name)
+        return lambda: work
+    return Case('case', {name: build(name, cost) for name, cost in seconds.items()})
+
+
+def test_variants_take_turns_in_changing_order(clock):
+    calls = []
+    rows = measure(case_of(clock, calls, a=1., b=2., c=4.), Settings(repeat=12), 'suite')
+    timed = calls[6:]  # after two untimed calls each
+    rounds = [tuple(timed[i:i + 3]) for i in range(0, len(timed), 3)]
+    assert len(rounds) == 12 and all(sorted(r) == ['a', 'b', 'c'] for r in rounds)
+    assert len(set(rounds)) > 2
+    assert [row.variant for row in rows] == ['a', 'b', 'c']
+    assert [row.summary()['ratio'] for row in rows] == [1., 2., 4.]
+
+
+def test_ratios_are_taken_within_a_round(clock):
+    """A machine that slows down tenfold midway moves the times and leaves the ratio."""
+    def build(cost):
+        def work():
+            clock['now'] += cost * (10. if clock['now'] > 60. else 1.)
+        return lambda: work
+
+    row = measure(Case('case', {'a': build(1.), 'b': build(2.)}), Settings(repeat=40))[1].summary()
+    assert row['max_s'] == pytest.approx(10 * row['min_s'])
+    assert row['ratio'] == pytest.approx(2.)
+
+
+def test_short_work_is_repeated_within_a_timing(clock):
+    calls = []
+    rows = measure(case_of(clock, calls, a=0.001, b=0.002), Settings(repeat=3))
+    assert len(calls) == 2 * 2 + 3 * 2 * 10  # 0.02 s / 0.002 s = 10 calls a timing, the same for both
+    assert rows[0].seconds == pytest.approx([0.001] * 3)
+
+
+def test_every_variant_is_built_from_the_same_seed(clock):
+    drawn = []
+
+    def build():
+        drawn.append(torch.rand(3))
+        return lambda: clock.update(now=clock['now'] + 1.)
+
+    measure(Case('case', {'a': build, 'b': build}), Settings(repeat=1))
+    assert torch.equal(*drawn)
+
+
+def test_report_is_json_with_hardware_versions_and_spread(clock):
+    result = json.loads(json.dumps(report(measure(case_of(clock, a=1., b=2.), Settings(repeat=3), 's'), Settings())))
+    assert result['hardware']['cpu'] and result['hardware']['cores'] >= 1
+    assert result['versions']['torch'] == torch.__version__ or result['versions']['torch'].startswith('2')
+    assert result['rows'][1]['seconds'] == [2.] * 3
+    assert {'median_s', 'min_s', 'max_s', 'ratio', 'ratio_min', 'ratio_max'} <= set(result['rows'][0])
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match='repeat = 0'):
+        measure(Case('case', {'a': lambda: lambda: None}), Settings(repeat=0))
+    with pytest.raises(ValueError, match='no variants'):
+        Case('case', {})
+    with pytest.raises(ValueError, match=r"no suite 'stp'; did you mean 'step'"):
+        from ewa3d.bench.main import run
+        run(['stp'], Settings())
+
+
+@pytest.mark.parametrize('argv, message', [(['stp'], "did you mean 'step'"), (['--threads', '0'], '--threads 0'),
+                                           (['--repeat', '-1'], '--repeat -1'), (['--dtype', 'fp8'], 'fp8')])
+def test_bad_command_lines_end_with_a_message(argv, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a CUDA device is here')
+def test_a_missing_gpu_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(['ops', '--device', 'cuda'])
+    assert 'torch sees no CUDA device' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('suite', SUITES)
+def test_quick_suite_runs_and_writes_its_numbers(suite, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    assert main([suite, '--quick', '--repeat', '2', '--out', str(tmp_path / 'out' / 'r.json')]) == 0
+    assert torch.get_num_threads() == threads
+    result = json.loads((tmp_path / 'out' / 'r.json').read_text())
+    table = capsys.readouterr().out
+    assert result['rows'] and all(row['suite'] == suite and len(row['seconds']) == 2 for row in result['rows'])
+    assert all(f'| {row["variant"]} |' in table for row in result['rows'])
+    cases = {row['case'] for row in result['rows']}
+    assert suite == 'ops' or {case.rsplit(', ', 1)[1] for case in cases} == {'fp32', 'bf16'}
+
+
+def test_the_script_lists_its_suites():
+    done = subprocess.run([sys.executable, 'tools/bench.py', '--help'], cwd=REPO, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(REPO)})
+    assert done.returncode == 0 and all(name in done.stdout for name in SUITES)
+
+
+def test_portable_forms_compute_the_real_thing():
+    from ewa3d import ops
+    points = torch.randn(3, 50, 3, dtype=torch.float64)
+    query = points[:, :7] + 0.1
+    assert torch.equal(fps_mask_assign(points, 12), ops.fps(points, 12))
+    squared, index = ops.knn(query, points, 5)
+    distance, by_cdist = knn_cdist(query, points, 5)
+    product, by_product = knn_centred_product(query, points, 5)
+    assert torch.equal(by_cdist, index) and torch.equal(by_product, index)
+    torch.testing.assert_close(distance.square(), squared)
+    torch.testing.assert_close(product, squared)
