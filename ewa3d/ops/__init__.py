@@ -1,1 +1,4 @@
-"""..."""
+"""Operators on points, in torch alone; each has a naive twin in the tests."""
+from ewa3d.ops.points import check_points, fps, gather, knn, neighbours
+
+__all__ = ['fps', 'knn', 'neighbours', 'gather', 'check_points']

@@ -1,0 +1,118 @@
+"""Tokenizers turn raw input into :class:`~ewa3d.structures.Tokens`."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ewa3d.layers.block import init_vit
+from ewa3d.ops import fps, gather, neighbours
+from ewa3d.registry import MODELS
+from ewa3d.structures import Tokens
+
+__all__ = ['PatchEncoder', 'PointPatchEmbed']
+
+
+class PatchEncoder(nn.Module):
+    """The mini-PointNet of Point-BERT and Point-MAE: one feature for each patch of points.
+
+    The published layers are 1×1 convolutions; here they are linear layers on rows, which compute the same and are
+    faster. The second stage sees ``[maximum over the patch, point]``; its first layer's weight is kept as published
+    and used in two halves, so that the half for the maximum is computed once a patch instead of once a point.
+
+    Shape:
+        - ``(P, K, in_channels)`` to ``(P, out_channels)``, for ``P`` patches of ``K`` points.
+    """
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 384, widths: tuple[int, int, int] = (128, 256, 512)):
+        super().__init__()
+        if len(widths) != 3:
+            raise ValueError(f'widths must be three numbers, got {widths}')
+        inner, middle, outer = widths
+        self.first_conv = nn.Sequential(nn.Linear(in_channels, inner), nn.BatchNorm1d(inner), nn.ReLU(inplace=True),
+                                        nn.Linear(inner, middle))
+        self.second_conv = nn.Sequential(nn.Linear(2 * middle, outer), nn.BatchNorm1d(outer), nn.ReLU(inplace=True),
+                                         nn.Linear(outer, out_channels))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        P, K, C = patches.shape
+        x = self.first_conv(patches.reshape(P * K, C))  # (P K, middle)
+        x = self._stage_two_input(x, K)
+        for layer in list(self.second_conv)[1:]:
+            x = layer(x)
+        return x.view(P, K, -1).amax(1)
+
+    def _stage_two_input(self, x: Tensor, K: int) -> Tensor:
+        linear = self.second_conv[0]
+        of_maximum, of_point = linear.weight.chunk(2, 1)
+        shared = F.linear(x.view(-1, K, x.shape[1]).amax(1), of_maximum, linear.bias)  # (P, outer)
+        x = F.linear(x, of_point).view(-1, K, shared.shape[1]) + shared.unsqueeze(1)
+        return x.flatten(0, 1)  # (P K, outer)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Published weights have the trailing dimension of a 1×1 convolution."""
+        for name in ('first_conv.0', 'first_conv.3', 'second_conv.0', 'second_conv.3'):
+            key = f'{prefix}{name}.weight'
+            if key in state_dict and state_dict[key].ndim == 3 and state_dict[key].shape[-1] == 1:
+                state_dict[key] = state_dict[key].squeeze(-1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@MODELS.register_module()
+class PointPatchEmbed(nn.Module):
+    """Points to patch tokens (Point-BERT, Yu et al. 2022; Point-MAE, Pang et al. 2022).
+
+    Centres by farthest point sampling, the nearest ``group_size`` points of each centre relative to it, a mini-PointNet
+    for each patch, and an MLP of the centre for its position. Features beyond x, y, z (normals, colours) go into the
+    mini-PointNet as they are.
+
+    Args:
+        encoder_dim: width of the patch feature; where given, ``reduce_dim`` maps it to ``embed_dim`` (Point-BERT).
+        in_channels: 3 and the number of extra features.
+        widths: the three hidden widths of the mini-PointNet.
+        pos_dim: hidden width of the position MLP.
+        skip_origin: sample centres by the rule of the published kernel (see :func:`ewa3d.ops.fps`).
+
+    Shape:
+        - ``inputs['points']`` (or a tensor) ``(B, N, in_channels)``.
+        - returns :class:`~ewa3d.structures.Tokens` with ``L = num_groups``; ``target`` are the patches'
+          local coordinates ``(B, L, group_size, 3)``.
+
+    Raises:
+        ValueError: fewer points than groups or neighbours, another number of channels, coordinates not finite.
+    """
+
+    def __init__(self, num_groups: int = 64, group_size: int = 32, embed_dim: int = 384, encoder_dim: int | None = None,
+                 in_channels: int = 3, widths: tuple[int, int, int] = (128, 256, 512), pos_dim: int = 128,
+                 skip_origin: bool = False):
+        super().__init__()
+        for name, value, least in (('num_groups', num_groups, 1), ('group_size', group_size, 1),
+                                   ('in_channels', in_channels, 3)):
+            if value < least:
+                raise ValueError(f'PointPatchEmbed: {name} must be at least {least}, got {value}')
+        self.num_groups = num_groups
+        self.group_size = group_size
+        self.embed_dim = embed_dim
+        self.in_channels = in_channels
+        self.skip_origin = skip_origin
+        self.encoder = PatchEncoder(in_channels, encoder_dim or embed_dim, widths)
+        self.reduce_dim = nn.Linear(encoder_dim, embed_dim) if encoder_dim else nn.Identity()
+        self.pos_embed = nn.Sequential(nn.Linear(3, pos_dim), nn.GELU(), nn.Linear(pos_dim, embed_dim))
+        self.apply(init_vit)
+
+    def group(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Centres ``(B, G, 3)`` and patches ``(B, G, K, in_channels)`` relative to them."""
+        if points.ndim != 3 or points.shape[-1] != self.in_channels:
+            raise ValueError(f'points must have the shape (B, N, {self.in_channels}), got {tuple(points.shape)}')
+        if points.shape[1] < max(self.num_groups, self.group_size):
+            raise ValueError(f'{points.shape[1]} points are too few for num_groups={self.num_groups} and '
+                             f'group_size={self.group_size}')
+        xyz = points[..., :3]
+        center = gather(xyz, fps(xyz, self.num_groups, skip_origin=self.skip_origin))
+        patches = gather(points, neighbours(center, xyz, self.group_size))  # (B, G, K, C)
+        offset = F.pad(center, (0, self.in_channels - 3)) if self.in_channels > 3 else center
+        return center, patches - offset.unsqueeze(2)
+
+    def forward(self, inputs: dict | Tensor) -> Tokens:
+        points = inputs['points'] if isinstance(inputs, dict) else inputs
+        center, patches = self.group(points)
+        x = self.encoder(patches.flatten(0, 1)).view(*patches.shape[:2], -1)  # (B, G, encoder_dim)
+        return Tokens(self.reduce_dim(x), self.pos_embed(center), center, patches[..., :3])

@@ -1,0 +1,254 @@
+"""Operators on point sets: farthest point sampling, nearest neighbours, gathering.
+
+Every function takes a batch of clouds on any device and needs torch alone. On a CPU the inner selections use numpy and
+scipy, whose ``argmax``, ``partition`` and k-d tree are several times faster than torch's; the results are the same.
+Indices carry no gradient; ``gather`` and the distances of ``knn`` do.
+"""
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+__all__ = ['fps', 'knn', 'gather', 'check_points']
+
+ORIGIN_RADIUS2 = 1e-3  # the published kernels never pick a point with a squared norm up to this
+TREE_POINTS = 2048  # from this cloud size on a k-d tree beats comparing every pair
+CHUNK = 1 << 17  # distances held at a time on a CPU: what stays in the cache
+
+
+def check_points(points: Tensor, name: str = 'points') -> None:
+    """Raise unless ``points`` is a floating ``(B, N, 3)`` tensor without NaN or infinity.
+
+    The values are looked at on a CPU only: elsewhere that would wait for the device (``Preprocessor`` checks them
+    before they get there).
+
+    Raises:
+        TypeError: not a floating point tensor.
+        ValueError: another shape, or coordinates that are not finite; the message names the samples.
+    """
+    if not isinstance(points, Tensor) or not points.is_floating_point():
+        raise TypeError(f'{name} must be a floating point tensor, got {getattr(points, "dtype", type(points))}')
+    if points.ndim != 3 or points.shape[-1] != 3:
+        raise ValueError(f'{name} must have the shape (B, N, 3), got {tuple(points.shape)}')
+    if points.device.type == 'cpu' and not _tracing():
+        finite = points.isfinite()
+        if not finite.all():
+            bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
+            raise ValueError(f'{name} has NaN or infinite coordinates in sample(s) {bad} of the batch')
+
+
+def fps(points: Tensor, num: int, start: int | Tensor = 0, skip_origin: bool = False,
+        lengths: Tensor | None = None) -> Tensor:
+    """Farthest point sampling: each pick is the point farthest from all picks before it.
+
+    The picks have the prefix property: the first ``m`` of them are the picks for ``num=m``. Equal distances go to the
+    lowest index. Distances are computed in the dtype of ``points`` (half precision: in float32).
+
+    Args:
+        num: how many points to pick, at most ``N``.
+        start: index of the first pick, one for all clouds or ``(B,)``.
+        skip_origin: after the start, ignore points with a squared norm of at most 1e-3, as the CUDA kernel of
+            Pointnet2_PyTorch does, which Point-MAE and Point-BERT were trained with. Where no other point is left,
+            index 0 is picked again, as there.
+        lengths: ``(B,)`` points that count in each cloud; the rest is padding.
+
+    Shape:
+        - points: ``(B, N, 3)``; returns ``(B, num)`` int64.
+
+    Raises:
+        ValueError: fewer points than ``num``, an impossible ``start``, coordinates that are not finite.
+    """
+    check_points(points)
+    B, N, _ = points.shape
+    if not 1 <= num <= N:
+        raise ValueError(f'fps: num={num} points cannot be picked from N={N}')
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths, device=points.device)
+        if lengths.shape != (B,):
+            raise ValueError(f'fps: lengths must have the shape ({B},), got {tuple(lengths.shape)}')
+        if not _tracing() and (lengths.min() < num or lengths.max() > N):
+            raise ValueError(f'fps: lengths must lie between num={num} and N={N}, got {lengths.tolist()}')
+    if isinstance(start, Tensor):
+        if start.shape != (B,):
+            raise ValueError(f'fps: start must be one index or have the shape ({B},), got {tuple(start.shape)}')
+        start = start.to(points.device, torch.int64)
+    elif not 0 <= start < N:
+        raise ValueError(f'fps: start={start} is not an index into N={N} points')
+    else:
+        start = torch.full((B,), start, dtype=torch.int64, device=points.device)
+    with torch.no_grad():
+        points = _single(points.detach())
+        if skip_origin:
+            taking_part = points.double().square().sum(-1) > ORIGIN_RADIUS2
+        else:
+            taking_part = torch.ones(B, N, dtype=torch.bool, device=points.device)
+        if lengths is not None:
+            taking_part &= torch.arange(N, device=points.device) < lengths.unsqueeze(1)
+        return (_fps_op if _compiling() else _fps)(points, num, start, taking_part)
+
+
+def _fps(points: Tensor, num: int, start: Tensor, taking_part: Tensor) -> Tensor:
+    """The loop of :func:`fps`, in place on contiguous x, y, z.
+
+    Products and sums are separate operations: fused ones round differently in the vectorised part of a row and in
+    its rest, and then equal points would not have equal distances.
+    """
+    B, N, _ = points.shape
+    axes = [points[..., i].contiguous() for i in range(3)]
+    nearest = torch.full_like(axes[0], float('inf')).masked_fill_(~taking_part, -float('inf'))
+    distance, term = torch.empty_like(nearest), torch.empty_like(nearest)
+    as_numpy = nearest.numpy() if nearest.device.type == 'cpu' and not _tracing() else None
+    picks = torch.empty(B, num, dtype=torch.int64, device=points.device)
+    pick = start.unsqueeze(1)
+    for i in range(num):
+        if i:
+            pick = nearest.argmax(1, keepdim=True) if as_numpy is None else \
+                torch.from_numpy(as_numpy.argmax(1)).unsqueeze(1)
+        picks[:, i:i + 1] = pick
+        torch.sub(axes[0], axes[0].gather(1, pick), out=distance)
+        distance.mul_(distance)
+        for axis in axes[1:]:
+            torch.sub(axis, axis.gather(1, pick), out=term)
+            distance.add_(term.mul_(term))
+        torch.minimum(nearest, distance, out=nearest)
+    return picks
+
+
+def knn(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` nearest points of each query, nearest first; equal distances go to the lowest index.
+
+    The order is that of the distances in float64, formed from differences: no matrix product, which loses recall on
+    clouds far from the origin. (Distances that agree to about ten digits count as equal.) The squared distances are
+    differentiable with respect to both inputs.
+
+    Shape:
+        - query ``(B, M, 3)``, points ``(B, N, 3)``.
+        - returns squared distances ``(B, M, k)`` in the dtype of ``points`` and indices ``(B, M, k)`` int64.
+
+    Raises:
+        ValueError: ``k`` larger than ``N``, coordinates that are not finite, shapes that do not fit.
+    """
+    idx = neighbours(query, points, k)
+    difference = gather(points, idx).double() - query.unsqueeze(2).double()  # (B, M, k, 3)
+    return difference.square().sum(-1).to(points.dtype), idx
+
+
+def neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
+    """The indices that :func:`knn` returns, without the distances."""
+    check_points(points)
+    check_points(query, 'query')
+    if len(query) != len(points):
+        raise ValueError(f'knn: {len(query)} sets of queries for {len(points)} clouds')
+    if not 1 <= k <= points.shape[1]:
+        raise ValueError(f'knn: k={k} neighbours cannot be found among N={points.shape[1]} points')
+    with torch.no_grad():
+        return (_neighbours_op if _compiling() else _neighbours)(query.detach(), points.detach(), k)
+
+
+def _neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
+    if points.device.type != 'cpu' or _tracing():
+        keys = _ranked_keys(query, points)
+        return keys.topk(k, dim=-1, largest=False)[0] & _index_mask(points.shape[1])
+    select = _by_tree if points.shape[1] >= TREE_POINTS else _by_partition
+    return torch.stack([select(q, p, k) for q, p in zip(query, points)]) if len(points) else \
+        torch.empty(*query.shape[:2], k, dtype=torch.int64)
+
+
+def _index_mask(N: int) -> int:
+    return (1 << max(N - 1, 1).bit_length()) - 1
+
+
+def _ranked_keys(query: Tensor, points: Tensor) -> Tensor:
+    """``(..., M, N)`` integers that sort by distance, then by index.
+
+    Non-negative doubles sort like their bit patterns; the index replaces the lowest bits.
+    """
+    axes = [(query[..., i].double().unsqueeze(-1), points[..., i].double().unsqueeze(-2)) for i in range(3)]
+    distance = (axes[0][0] - axes[0][1]).square_()
+    term = torch.empty_like(distance)
+    for q, p in axes[1:]:
+        distance.add_(torch.sub(q, p, out=term).square_())
+    N = points.shape[-2]
+    index = torch.arange(N, device=points.device)
+    return distance.view(torch.int64).bitwise_and_(~_index_mask(N)).bitwise_or_(index)
+
+
+def _by_partition(query: Tensor, points: Tensor, k: int) -> Tensor:
+    """Neighbours in one cloud, comparing every pair, as many queries at a time as fit the cache."""
+    N = len(points)
+    found = []
+    for part in query.split(max(1, CHUNK // N)):
+        keys = _ranked_keys(part, points).numpy()
+        if k < N:
+            keys.partition(k - 1, axis=-1)
+        found.append(np.sort(keys[:, :k], axis=-1) & _index_mask(N))
+    return torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, k, dtype=torch.int64)
+
+
+def _by_tree(query: Tensor, points: Tensor, k: int) -> Tensor:
+    """Neighbours in one cloud by a k-d tree. A tree breaks ties as it likes, so its candidates are ranked again, and
+    queries whose last neighbour ties with the next one are compared with every point."""
+    N = len(points)
+    candidates = min(k + 1, N)
+    tree = cKDTree(points.double().numpy(), balanced_tree=False, compact_nodes=False)
+    _, idx = tree.query(query.double().numpy(), k=np.arange(1, candidates + 1), workers=torch.get_num_threads())
+    idx = torch.from_numpy(idx).long()
+    distance = (points[idx].double() - query.double().unsqueeze(1)).square_()
+    distance = distance[..., 0] + distance[..., 1] + distance[..., 2]
+    mask = _index_mask(N)
+    keys = ((distance.view(torch.int64) & ~mask) | idx).sort(-1)[0]
+    if candidates > k:
+        tied = ((keys[:, k - 1] & ~mask) == (keys[:, k] & ~mask)).nonzero().flatten()
+        if len(tied):
+            keys[tied, :k] = _by_partition(query[tied], points, k)
+    return keys[:, :k] & mask
+
+
+def gather(points: Tensor, idx: Tensor) -> Tensor:
+    """``points[b, idx[b, ...]]`` for every cloud ``b``.
+
+    Shape:
+        - points ``(B, N, C)``, idx ``(B, ...)`` int64; returns ``(B, ..., C)``.
+    """
+    if points.ndim != 3 or idx.ndim < 2 or len(points) != len(idx):
+        raise ValueError(f'gather: points (B, N, C) and idx (B, ...) expected, got {tuple(points.shape)} and '
+                         f'{tuple(idx.shape)}')
+    B, N, C = points.shape
+    rows = idx + torch.arange(B, device=idx.device).mul(N).view(-1, *[1] * (idx.ndim - 1))
+    return points.reshape(B * N, C).index_select(0, rows.flatten()).view(*idx.shape, C)
+
+
+def _single(points: Tensor) -> Tensor:
+    return points.float() if points.dtype in (torch.float16, torch.bfloat16) else points
+
+
+def _tracing() -> bool:
+    """Whether values must not be looked at: inside ``torch.compile`` or ``torch.export``."""
+    return torch.compiler.is_compiling()
+
+
+def _compiling() -> bool:
+    """Whether the operator should stay one opaque node: in ``torch.compile``, but not in ``torch.export``, whose graph
+    should need torch alone. (Unrolled, the loop of :func:`fps` takes the compiler minutes.)"""
+    exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+    return torch.compiler.is_compiling() and not exporting()
+
+
+@torch.library.custom_op('ewa3d::fps', mutates_args=())
+def _fps_op(points: Tensor, num: int, start: Tensor, taking_part: Tensor) -> Tensor:
+    return _fps(points, num, start, taking_part)
+
+
+@_fps_op.register_fake
+def _(points, num, start, taking_part):
+    return points.new_empty(len(points), num, dtype=torch.int64)
+
+
+@torch.library.custom_op('ewa3d::neighbours', mutates_args=())
+def _neighbours_op(query: Tensor, points: Tensor, k: int) -> Tensor:
+    return _neighbours(query, points, k)
+
+
+@_neighbours_op.register_fake
+def _(query, points, k):
+    return query.new_empty(*query.shape[:2], k, dtype=torch.int64)
