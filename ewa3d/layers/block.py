@@ -1,10 +1,29 @@
 """The transformer block: timm's parameter names and constructor signatures, with slots for the mixer and the FFN."""
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa3d.registry import MODELS
 
-__all__ = ['Attention', 'Block', 'DropPath', 'Mlp', 'init_vit']
+__all__ = ['Attention', 'Block', 'DropPath', 'Mlp', 'attend', 'init_vit']
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+           dropout_p: float = 0.) -> Tensor:
+    """``scaled_dot_product_attention``, written out where torch's kernel is slow.
+
+    On a CPU the kernel's backward in bf16 or fp16 costs five to nine times that of the plain products at the token
+    counts of point clouds (see the operator table of ``tools/bench.py``), so training in them takes the plain products.
+
+    Shape:
+        - q ``(B, heads, L, D)``, k and v ``(B, heads, S, D)``; returns ``(B, heads, L, D)``.
+    """
+    low_precision = q.dtype in (torch.bfloat16, torch.float16)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.device.type == 'cpu' and low_precision and needs_grad and attn_mask is None and not is_causal:
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)  # (B, heads, L, S)
+        return F.dropout(weights, dropout_p, training=dropout_p > 0) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p)
 
 
 def init_vit(module: nn.Module) -> None:
@@ -98,9 +117,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         B, L, C = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(
-            self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal,
-            dropout_p=self.attn_drop.p if self.training else 0.)  # (B, heads, L, head_dim)
+        x = attend(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal,
+                   dropout_p=self.attn_drop.p if self.training else 0.)  # (B, heads, L, head_dim)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, L, C)))
 
 
@@ -108,7 +126,7 @@ class Block(nn.Module):
     """A pre-norm transformer block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
 
     ``attn_layer`` and ``mlp_layer`` are called with timm's keywords, so a timm layer fits in here and these fit into
-    ``timm.create_model(..., mlp_layer=...)``. Weights of ViT, MAE, DINO, Point-BERT and Point-MAE blocks load as they are.
+    ``timm.create_model(..., mlp_layer=...)``; weights of ViT, MAE, DINO, Point-BERT, Point-MAE blocks load as they are.
 
     Shape:
         - ``(B, L, dim)``, kept.

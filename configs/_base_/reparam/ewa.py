@@ -1,0 +1,4 @@
+# Overlay: every second FFN of the backbone becomes four experts that are averaged a little after each optimizer step.
+# It defines names of its own only; a leaf config puts them where they belong (see any *_ewa.py).
+ewa = [dict(type='EWAFFN', at='backbone.blocks.*.mlp', every=2, num_experts=4)]
+ewa_hook = dict(type='EWAHook', share_rate=0.3, schedule='linear')
