@@ -1,5 +1,4 @@
 """Tokenizers turn raw input into :class:`~ewa3d.structures.Tokens`."""
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -93,12 +93,11 @@ def _fps(points: Tensor, num: int, start: Tensor, taking_part: Tensor) -> Tensor
     Products and sums are separate operations: fused ones round differently in the vectorised part of a row and in
     its rest, and then equal points would not have equal distances.
     """
-    B, N, _ = points.shape
     axes = [points[..., i].contiguous() for i in range(3)]
     nearest = torch.full_like(axes[0], float('inf')).masked_fill_(~taking_part, -float('inf'))
     distance, term = torch.empty_like(nearest), torch.empty_like(nearest)
     as_numpy = nearest.numpy() if nearest.device.type == 'cpu' and not _tracing() else None
-    picks = torch.empty(B, num, dtype=torch.int64, device=points.device)
+    picks = torch.empty(len(points), num, dtype=torch.int64, device=points.device)
     pick = start.unsqueeze(1)
     for i in range(num):
         if i:

@@ -1,0 +1,106 @@
+"""Backbones: tokens in, features out."""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ewa3d.layers.block import Block, init_vit
+from ewa3d.registry import MODELS
+from ewa3d.structures import Tokens
+
+__all__ = ['TokenEncoder']
+
+
+@MODELS.register_module()
+class TokenEncoder(nn.Module):
+    """A tokenizer and a pre-norm transformer: the encoder of Point-BERT, Point-MAE and, with ``pos='first'``, a ViT.
+
+    Args:
+        tokenizer: a module, or the config of one, that maps inputs to :class:`~ewa3d.structures.Tokens`; its
+            ``embed_dim`` is filled in where the config leaves it out.
+        drop_path_rate: stochastic depth, rising linearly from 0 in the first block to this in the last.
+        norm_eps: 1e-5 as Point-MAE has it; a ViT has 1e-6.
+        pos: add the positional embedding before ``'every'`` block (Point-BERT, Point-MAE) or the ``'first'`` (ViT).
+        cls_token: put a learnt token with a learnt position in front.
+
+    Shape:
+        - inputs: what the tokenizer takes, e.g. ``dict(points=(B, N, 3))``; returns ``(B, 1 + L, C)``.
+    """
+
+    def __init__(self, tokenizer: dict | nn.Module, embed_dim: int = 384, depth: int = 12, num_heads: int = 6,
+                 mlp_ratio: float = 4., qkv_bias: bool = False, drop_path_rate: float = 0.1, proj_drop: float = 0.,
+                 attn_drop: float = 0., norm_eps: float = 1e-5, pos: str = 'every', cls_token: bool = True):
+        super().__init__()
+        if pos not in ('every', 'first'):
+            raise ValueError(f"pos must be 'every' or 'first', got {pos!r}")
+        if depth < 1:
+            raise ValueError(f'depth must be at least 1, got {depth}')
+        if not isinstance(tokenizer, nn.Module):
+            tokenizer = MODELS.build({'embed_dim': embed_dim, **tokenizer})
+        if getattr(tokenizer, 'embed_dim', embed_dim) != embed_dim:
+            raise ValueError(f'the tokenizer makes tokens of embed_dim={tokenizer.embed_dim}, the blocks expect '
+                             f'embed_dim={embed_dim}')
+        self.tokenizer = tokenizer
+        self.embed_dim = embed_dim
+        self.pos = pos
+        self.num_prefix_tokens = int(cls_token)
+        if cls_token:
+            self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
+            self.cls_pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop, drop_path=rate)
+            for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        for block in self.blocks:
+            block.norm1.eps = block.norm2.eps = norm_eps
+        self.norm.apply(init_vit)
+
+    def tokenize(self, inputs) -> Tokens:
+        """Patch tokens of the inputs, without the class token."""
+        return self.tokenizer(inputs)
+
+    def encode(self, x: Tensor, pos: Tensor, out_indices: Sequence[int] = (), norm: bool = True):
+        """Features of tokens ``x`` at ``pos``; a masked model passes a part of the tokens.
+
+        Args:
+            out_indices: block numbers, negative ones counted from the end; where given, the result is a tuple with
+                the output of each of these blocks, in this order.
+            norm: apply the final norm, which all outputs share.
+
+        Shape:
+            - x, pos ``(B, L, C)``; returns ``(B, num_prefix_tokens + L, C)`` or a tuple of such.
+
+        Raises:
+            ValueError: a block number that does not exist or occurs twice.
+        """
+        wanted = self._block_numbers(out_indices)
+        if self.num_prefix_tokens:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            pos = torch.cat([self.cls_pos.expand(len(pos), -1, -1).to(pos.dtype), pos], 1)
+        if self.pos == 'first':
+            x = x + pos
+        outputs = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x + pos if self.pos == 'every' else x)
+            if i in wanted:
+                outputs[i] = self.norm(x) if norm else x
+                if len(outputs) == len(wanted):
+                    return tuple(outputs[i] for i in wanted)
+        return self.norm(x) if norm else x
+
+    def forward(self, inputs, out_indices: Sequence[int] = ()):
+        tokens = self.tokenize(inputs)
+        return self.encode(tokens.x, tokens.pos, out_indices)
+
+    def _block_numbers(self, out_indices: Sequence[int]) -> list[int]:
+        depth = len(self.blocks)
+        numbers = []
+        for i in out_indices:
+            if not isinstance(i, int) or not -depth <= i < depth:
+                raise ValueError(f'out_indices={tuple(out_indices)}: {i!r} is not one of the {depth} blocks '
+                                 f'({-depth} to {depth - 1})')
+            numbers.append(i % depth)
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f'out_indices={tuple(out_indices)} names a block twice')
+        return numbers
