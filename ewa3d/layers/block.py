@@ -3,8 +3,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewa3d.registry import MODELS
-
 __all__ = ['Attention', 'Block', 'DropPath', 'Mlp', 'attend', 'init_vit']
 
 
@@ -150,7 +148,3 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-
-for _layer in (Attention, Mlp):
-    MODELS.register_module(module=_layer)
