@@ -1,21 +1,24 @@
-"""Point operators against plain torch forms of the same thing."""
+"""Point operators and attention against plain torch forms of the same thing."""
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from ewa3d.bench.harness import Case, Settings
+from ewa3d.bench.harness import DTYPES, Case, Settings
 
 __all__ = ['cases']
 
 FPS_SIZES = ((32, 1024, 64), (32, 2048, 128), (8, 8192, 512), (1, 100_000, 2048))  # batch, points, samples
 KNN_SIZES = ((32, 1024, 64, 32), (32, 2048, 128, 32), (8, 8192, 512, 32), (1, 100_000, 2048, 32))  # …, queries, k
-QUICK_FPS, QUICK_KNN = ((2, 64, 8),), ((2, 64, 8, 4),)
+ATTENTION_SIZES = ((32, 6, 65, 64), (32, 6, 129, 64), (8, 6, 513, 64))  # batch, heads, tokens, channels of a head
+QUICK_FPS, QUICK_KNN, QUICK_ATTENTION = ((2, 64, 8),), ((2, 64, 8, 4),), ((2, 2, 5, 4),)
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """FPS and kNN at four sizes, in float32 whatever the dtype."""
+    """FPS and kNN at four sizes, in float32 whatever the dtype; attention forward and backward by dtype."""
     from ewa3d import ops
+    from ewa3d.layers.block import attend
     for batch, points, samples in QUICK_FPS if settings.quick else FPS_SIZES:
         cloud = _clouds(batch, points, settings)
         yield Case(f'fps {batch}×{points}→{samples}', {
@@ -28,6 +31,11 @@ def cases(settings: Settings) -> Iterator[Case]:
             'cdist + topk': _bound(knn_cdist, centres, cloud, k),
             'centred product + topk': _bound(knn_centred_product, centres, cloud, k),
             'ewa3d': _bound(ops.knn, centres, cloud, k)})
+    for dtype in settings.dtypes:
+        for shape in QUICK_ATTENTION if settings.quick else ATTENTION_SIZES:
+            yield Case(f'attention {"×".join(map(str, shape))}, {dtype}', {
+                'scaled_dot_product_attention': _trained(scaled_dot_product_attention, shape, dtype, settings),
+                'ewa3d': _trained(attend, shape, dtype, settings)})
 
 
 def fps_mask_assign(points: Tensor, num: int) -> Tensor:
@@ -75,3 +83,12 @@ def _bound(function, *args):
         with torch.no_grad():
             return function(*args)
     return lambda: call
+
+
+def _trained(attention, shape: tuple[int, ...], dtype: str, settings: Settings):
+    """A builder of ``attention`` forward and backward."""
+    def build():
+        q, k, v, gradient = (torch.randn(shape, device=settings.device, dtype=DTYPES[dtype]) for _ in range(4))
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        return lambda: torch.autograd.grad(attention(*inputs), inputs, gradient)
+    return build
