@@ -1,0 +1,243 @@
+"""The commands ``train``, ``test`` and ``fuse``. ``tools/*.py`` and the console script ``ewa3d`` call :func:`main`."""
+import argparse
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+
+__all__ = ['main', 'train', 'test', 'fuse', 'load_config']
+
+USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 (``fuse`` refused to write), 2 (a mistake in the input)."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except USER_ERRORS as error:
+        if args.debug:
+            raise
+        sys.stderr.write(f'error: {one_line(error)}\n')
+        return 2
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, without a traceback (a data worker's error carries one in its text)."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    if any('Original Traceback' in line for line in lines):
+        return lines[-1]
+    return ' '.join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser('ewa3d', description='Train, evaluate and fuse point transformers.')
+    commands = parser.add_subparsers(required=True, metavar='{train,test,fuse}')
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    running = argparse.ArgumentParser(add_help=False, parents=[common])
+    running.add_argument('--work-dir', help='default: work_dirs/<name of the config>')
+    running.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none')
+    running.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
+    running.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='k=v',
+                         help='override parts of the config: train_cfg.max_epochs=30')
+
+    command = commands.add_parser('train', parents=[running], help='train a model')
+    command.add_argument('config')
+    command.add_argument('--resume', nargs='?', const='auto', metavar='auto|PATH',
+                         help='continue from the last checkpoint in the work dir, or from PATH')
+    command.add_argument('--amp', action='store_true', help='bfloat16 autocast')
+    command.add_argument('--seed', type=int, help="default: the config's, else 0")
+    command.add_argument('--print-config', action='store_true', help='print the resolved config and stop')
+    command.set_defaults(command=train)
+
+    command = commands.add_parser('test', parents=[running], help='evaluate a checkpoint')
+    command.add_argument('config')
+    command.add_argument('checkpoint')
+    command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default',
+                         help="of a run with EMA; default: the averaged ones, which its 'state_dict' holds")
+    command.set_defaults(command=test)
+
+    command = commands.add_parser('fuse', parents=[common], help='write the plain weights of a checkpoint')
+    command.add_argument('checkpoint')
+    command.add_argument('out', help='*.pth or *.safetensors')
+    command.add_argument('--config', help='for models of your own: a config you trust, whose custom_imports are run; '
+                                          'by default the config comes from the checkpoint, as data')
+    command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default')
+    command.set_defaults(command=fuse)
+    return parser
+
+
+def load_config(path: str, options: dict | None = None) -> Config:
+    """Read a config file and apply ``--cfg-options``.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it does not run.
+        KeyError: an option whose first name is in neither the config nor the Runner's keys.
+    """
+    from ewa3d.engine.validate import TOP_LEVEL
+    from ewa3d.registry import nearest
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'config {path} does not exist')
+    try:
+        cfg = Config.fromfile(path)
+    except (OSError, ImportError, KeyError):
+        raise
+    except Exception as error:  # a config is a program: whatever it raises is the user's to see, with its file
+        raise ValueError(f'config {path}: {type(error).__name__}: {error}') from error
+    for key in options or {}:
+        first = key.split('.')[0]
+        if first not in cfg and first not in TOP_LEVEL:
+            raise KeyError(f'--cfg-options {key}: the config has no {first!r}; {nearest(first, {*cfg, *TOP_LEVEL})}')
+    cfg.merge_from_dict(options or {})
+    return cfg
+
+
+def _prepare(args) -> Config:
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return cfg
+
+
+def train(args) -> int:
+    """Train a model from a config."""
+    cfg = _prepare(args)
+    if args.amp:
+        _use_autocast(cfg)
+    resumed = _resolve_resume(cfg, args.resume)
+    seed = args.seed if args.seed is not None else (cfg.get('randomness') or {}).get('seed')
+    if args.seed is None and resumed is not None:
+        from ewa3d.engine.checkpoint import read_checkpoint
+        seed = (read_checkpoint(resumed).get('meta') or {}).get('seed', seed)  # the run goes on as it began
+    cfg.randomness = dict(cfg.get('randomness') or {}, seed=0 if seed is None else seed)
+
+    from ewa3d.engine.runner import Runner
+    from ewa3d.engine.validate import check_config, fill_num_classes
+    if args.print_config:
+        check_config(cfg)
+        try:
+            fill_num_classes(cfg)
+        except FileNotFoundError:
+            pass  # a config can be read where its data are not
+        sys.stdout.write(cfg.pretty_text)
+        return 0
+    try:
+        Runner.from_cfg(cfg).train()
+    except Exception:
+        _log_failure(cfg.work_dir)
+        raise
+    finally:
+        _leave_group()
+    return 0
+
+
+def _use_autocast(cfg: Config) -> None:
+    kind = (cfg.get('optim_wrapper') or {}).get('type', 'OptimWrapper')
+    if kind == 'OptimWrapper':
+        cfg.merge_from_dict({'optim_wrapper.type': 'AutocastOptimWrapper'})
+    elif kind not in ('AutocastOptimWrapper', 'AmpOptimWrapper'):
+        raise ValueError(f'--amp replaces OptimWrapper by AutocastOptimWrapper; the config has {kind!r}')
+
+
+def _resolve_resume(cfg: Config, resume: str | None) -> Path | None:
+    """Put ``--resume`` into ``cfg.resume``; returns the checkpoint that will be continued, if there is one."""
+    from ewa3d.engine.checkpoint import find_last_checkpoint
+    if resume is not None:
+        cfg.resume = True if resume == 'auto' else resume
+    if not cfg.get('resume'):
+        return None
+    if cfg.resume is True:
+        return find_last_checkpoint(cfg.work_dir)
+    if not Path(cfg.resume).is_file():
+        raise FileNotFoundError(f'--resume {cfg.resume}: there is no such checkpoint')
+    return Path(cfg.resume)
+
+
+def _log_failure(work_dir: str) -> None:
+    """A run that fails at night leaves its traceback in the log."""
+    log = Path(work_dir) / 'train.log'
+    if log.is_file() and os.environ.get('RANK', '0') == '0':
+        with open(log, 'a', encoding='utf-8') as file:
+            file.write(traceback.format_exc())
+
+
+def _leave_group() -> None:
+    import torch.distributed as dist
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test(args) -> int:
+    """Evaluate a checkpoint; writes ``metrics.json`` into the work dir."""
+    cfg = _prepare(args)
+    from mmengine.dist import is_main_process
+
+    from ewa3d.engine.checkpoint import atomic_write, load_model_state, read_checkpoint, select_weights
+    from ewa3d.engine.hooks import unwrapped
+    from ewa3d.engine.runner import Runner
+    from ewa3d.engine.validate import check_config
+    check_config(cfg)  # all of it, before the parts for training are left out
+    checkpoint = read_checkpoint(args.checkpoint)
+    weights, kind = select_weights(checkpoint, args.weights)
+    meta = checkpoint.get('meta') or {}
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
+                'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
+        cfg[key] = None
+    cfg.resume = False
+    keep = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if v and v.get('type') == 'LoggerHook'}
+    cfg.default_hooks, cfg.custom_hooks = keep, None
+    Runner.log_name, before = 'test.log', Runner.log_name
+    try:
+        runner = Runner.from_cfg(cfg)
+        _check_classes(meta, runner, args.checkpoint)
+        load_model_state(unwrapped(runner.model), weights, args.checkpoint)
+        runner.logger.info(f'{args.checkpoint}: {kind} weights')
+        metrics = runner.test()
+        data = runner.test_dataloader.dataset
+        result = {**{k: float(v) for k, v in metrics.items()}, 'config': args.config, 'checkpoint': args.checkpoint,
+                  'weights': kind, 'epoch': meta.get('epoch'), **_describe_data(cfg, data),
+                  'seed': meta.get('seed', runner.seed)}
+        if is_main_process():
+            text = json.dumps(result, indent=2) + '\n'
+            out = Path(cfg.work_dir) / 'metrics.json'
+            atomic_write(out, lambda file: file.write(text.encode()))
+            sys.stdout.write('  '.join(f'{k} {v:.2f}' for k, v in metrics.items() if 'acc/' not in k) + f'  → {out}\n')
+    finally:
+        Runner.log_name = before
+        _leave_group()
+    return 0
+
+
+def _check_classes(meta: dict, runner, checkpoint: str) -> None:
+    """Refuse to evaluate on the same classes in another order: the numbers would mean nothing."""
+    trained = (meta.get('dataset_meta') or {}).get('classes')
+    data = getattr(runner.build_test_loop(runner._test_loop).dataloader.dataset, 'metainfo', None) or {}
+    here = list(data.get('classes') or [])
+    if trained and here and sorted(trained) == sorted(here) and list(trained) != here:
+        raise ValueError(f'{checkpoint} was trained with the classes in another order: {trained[:5]} … there, '
+                         f'{here[:5]} … in the data set')
+
+
+def _describe_data(cfg: Config, dataset) -> dict:
+    from ewa3d.engine.validate import dataset_cfgs
+    inner = dataset_cfgs(cfg.test_dataloader)[-1]
+    points = dataset[0]['inputs'].get('points')
+    kind = inner.get('type')
+    return dict(dataset=f'{kind}{inner.get("variant", "")}', split=inner.get('split', 'train'),
+                points=None if points is None else int(points.shape[0]), samples=len(dataset))
+
+
+def fuse(args) -> int:
+    """Write the plain weights of a checkpoint, checked against the expanded model."""
+    from ewa3d.fusing import fuse_checkpoint
+    report = fuse_checkpoint(args.checkpoint, args.out, config=args.config and load_config(args.config),
+                             weights=args.weights)
+    sys.stdout.write(f'{report}\n')
+    return 0 if report.written else 1

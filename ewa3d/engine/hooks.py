@@ -1,0 +1,356 @@
+"""Hooks of a run: EWA, exact resume, metrics by epoch, checkpoints.
+
+Order matters (lower runs first): ``EWAHook`` 40, EMA and timer 50, logger 60, schedulers 70, checkpoint 90. All state
+is a function of the iteration or lives in the checkpoint; hooks own no counters that a resume could lose.
+"""
+import json
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.dist import all_gather_object, get_rank, is_main_process
+from mmengine.fileio import LocalBackend
+from mmengine.hooks import CheckpointHook as _CheckpointHook
+from mmengine.hooks import Hook
+from mmengine.hooks import LoggerHook as _LoggerHook
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from ewa3d.engine.averaging import attach_ewa
+from ewa3d.engine.checkpoint import atomic_write
+from ewa3d.registry import HOOKS
+
+__all__ = ['EWAHook', 'RNGStateHook', 'DatasetEpochHook', 'MetricsHook', 'CheckpointHook', 'LoggerHook',
+           'get_rng_state', 'set_rng_state', 'keep_rng_state']
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself where DDP wraps it."""
+    return model.module if is_model_wrapper(model) else model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EWA
+# ---------------------------------------------------------------------------------------------------------------------
+@HOOKS.register_module()
+class EWAHook(Hook):
+    """Experts Weights Averaging (specs/ewa.md §3) after every optimizer step of the run.
+
+    The averaging is :func:`ewa3d.attach_ewa`'s; this hook tells it where the run stands, in optimizer steps, before
+    each iteration. It runs before a model EMA and before checkpoints are written.
+
+    Args:
+        **kwargs: ``share_rate``, ``schedule``, ``begin``, ``end``, ``every``, ``average_moments`` of ``attach_ewa``.
+
+    Raises:
+        ValueError: the model has no experts, or the optimizer does not hold them.
+    """
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(self, share_rate: float = 0.3, schedule='linear', begin: float = 0.0, end: float = 1.0, every: int = 1,
+                 average_moments: bool = False):
+        self.settings = dict(share_rate=share_rate, schedule=schedule, begin=begin, end=end, every=every,
+                             average_moments=average_moments)
+        self.handle = None
+
+    def before_train(self, runner) -> None:
+        accumulate = _accumulation(runner)
+        steps = -(-runner.max_iters // accumulate)  # the last, shorter group of micro-batches is a step too
+        self.handle = attach_ewa(runner.optim_wrapper.optimizer, unwrapped(runner.model), total_steps=steps,
+                                 start_step=runner.iter // accumulate, **self.settings)
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        self.handle.step = runner.iter // _accumulation(runner)
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        runner.message_hub.update_scalar('train/share_rate', float(self.handle.rate))
+
+    def after_train(self, runner) -> None:
+        self.handle.remove()
+        self.handle = None
+
+
+def _accumulation(runner) -> int:
+    return getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact resume
+# ---------------------------------------------------------------------------------------------------------------------
+def get_rng_state() -> dict:
+    """The state of Python's, numpy's and torch's generators in this process, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = dict(python=[version, list(words), gauss], torch=torch.get_rng_state(),
+                 numpy=[kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)])
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping) -> None:
+    """Put the generators where :func:`get_rng_state` saw them."""
+    version, words, gauss = state['python']
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state['numpy']
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state['torch'].cpu())
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'].cpu())
+
+
+@HOOKS.register_module()
+class RNGStateHook(Hook):
+    """Random generators of every rank go into checkpoints and come back on resume; validation leaves them alone.
+
+    Without it a resumed run draws other partitions, dropouts and masks than the run it continues.
+    """
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self._resumed = None
+        self._before_val = None
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        checkpoint['rng'] = all_gather_object(get_rng_state())
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        states = checkpoint.get('rng')
+        if not runner._resume:
+            return
+        if not states:
+            runner.logger.warning('the checkpoint has no random states: the resumed run will not be exact')
+        elif len(states) != runner.world_size:
+            runner.logger.warning(f'the checkpoint has the random states of {len(states)} ranks, this run has '
+                                  f'{runner.world_size}: it will not be exact')
+        else:
+            self._resumed = states[get_rank()]
+
+    def before_train(self, runner) -> None:
+        if self._resumed is not None:
+            set_rng_state(self._resumed)
+            if runner.iter % len(runner.train_dataloader) == 0:
+                self._resumed = None  # inside an epoch, batches are skipped first: restore again after them
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        if self._resumed is not None:
+            set_rng_state(self._resumed)
+            self._resumed = None
+
+    def before_val(self, runner) -> None:
+        self._before_val = get_rng_state()
+
+    def after_val(self, runner) -> None:
+        set_rng_state(self._before_val)
+
+
+class keep_rng_state:
+    """``with keep_rng_state():`` whatever is drawn inside, the generators stand where they stood before."""
+
+    def __enter__(self):
+        self._state = get_rng_state()
+
+    def __exit__(self, *error):
+        set_rng_state(self._state)
+
+
+@HOOKS.register_module()
+class DatasetEpochHook(Hook):
+    """Tells the training data the epoch, from which (with seed and index) each sample's augmentation follows."""
+
+    def before_train_epoch(self, runner) -> None:
+        for dataset in walk_datasets(runner.train_dataloader.dataset):
+            if hasattr(dataset, 'set_epoch'):
+                dataset.set_epoch(runner.epoch)
+
+
+def walk_datasets(dataset) -> Iterator:
+    """The data set and those it wraps (``.dataset``, ``.datasets``)."""
+    yield dataset
+    inner = getattr(dataset, 'dataset', None)
+    for child in ([inner] if inner is not None else []) + list(getattr(dataset, 'datasets', None) or []):
+        yield from walk_datasets(child)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics and log
+# ---------------------------------------------------------------------------------------------------------------------
+@HOOKS.register_module()
+class MetricsHook(Hook):
+    """``metrics.jsonl`` in the work dir: one line per training epoch, one per evaluation.
+
+    ``{"mode": "train", "epoch": 1, "iter": 124, "lr": …, "loss": …, "share_rate": …, "time": …}`` has the means of the
+    losses over the epoch, the last learning rate and share rate, and seconds; ``"val"`` and ``"test"`` lines have the
+    metrics. A resumed run first drops the lines that it is about to write again.
+    """
+    priority = 'BELOW_NORMAL'
+    LAST = ('lr', 'base_lr', 'share_rate')
+
+    def __init__(self):
+        self._started = self._eval_started = 0.0
+        self._iterations = 0
+
+    def before_train(self, runner) -> None:
+        if is_main_process():
+            _trim_metrics(self._path(runner), runner)
+
+    def before_train_epoch(self, runner) -> None:
+        self._started, self._iterations = time.perf_counter(), 0
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        self._iterations += 1
+
+    def after_train_epoch(self, runner) -> None:
+        if not self._iterations:
+            return
+        line = {}
+        for name, history in runner.message_hub.log_scalars.items():
+            mode, _, key = name.partition('/')
+            if mode == 'train' and key not in ('time', 'data_time'):
+                line[key] = float(history.current() if key in self.LAST else history.mean(self._iterations))
+        self._write(runner, 'train', runner.epoch + 1, line, time.perf_counter() - self._started)
+
+    def before_val_epoch(self, runner) -> None:
+        self._eval_started = time.perf_counter()
+
+    before_test_epoch = before_val_epoch
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        runner.message_hub.update_info('validated_iter', runner.iter)  # a checkpoint knows whether this was done
+        runner.last_metrics = dict(metrics or {})
+        self._write(runner, 'val', runner.epoch, metrics or {}, time.perf_counter() - self._eval_started)
+
+    def after_test_epoch(self, runner, metrics=None) -> None:
+        if isinstance(runner._train_loop, dict) or runner._train_loop is None:
+            return  # tools/test.py writes metrics.json; metrics.jsonl belongs to the training run
+        self._write(runner, 'test', runner.epoch, metrics or {}, time.perf_counter() - self._eval_started)
+
+    @staticmethod
+    def _path(runner) -> Path:
+        return Path(runner.work_dir) / 'metrics.jsonl'
+
+    def _write(self, runner, mode: str, epoch: int, values: dict, seconds: float) -> None:
+        if not is_main_process():
+            return
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float, np.number))}
+        line = dict(mode=mode, epoch=epoch, iter=runner.iter, **numbers, time=round(seconds, 3))
+        with open(self._path(runner), 'a', encoding='utf-8') as file:
+            file.write(json.dumps(line) + '\n')
+
+
+def _trim_metrics(path: Path, runner) -> None:
+    """Drop what a resumed run will write again; move the metrics of an earlier run out of the way."""
+    if not path.is_file():
+        return
+    if runner.iter == 0:
+        os.replace(path, path.with_name('metrics.previous.jsonl'))
+        return
+    kept = []
+    for text in path.read_text(encoding='utf-8').splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # the run was killed while it wrote this one
+            continue
+        again = line['mode'] == 'val' and line['epoch'] == runner.epoch and runner.pending_validation
+        if line['epoch'] <= runner.epoch and line['mode'] != 'test' and not again:
+            kept.append(text + '\n')
+    atomic_write(path, lambda file: file.write(''.join(kept).encode()))
+
+
+@HOOKS.register_module()
+class LoggerHook(_LoggerHook):
+    """mmengine's console log, shorter: per-class values become a table at the test, nothing is dumped beside it."""
+
+    def __init__(self, interval: int = 50, interval_exp_name: int = 10**9, **kwargs):
+        super().__init__(interval=interval, interval_exp_name=interval_exp_name, **kwargs)
+
+    def before_run(self, runner) -> None:
+        super().before_run(runner)
+        self.json_log_path = 'scalars.json'  # of visualizer back ends, where a config asks for some
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        last = self.end_of_epoch(runner.train_dataloader, batch_idx)
+        due = self.every_n_inner_iters(batch_idx, self.interval)
+        if due or (last and (not self.ignore_last or len(runner.train_dataloader) <= self.interval)):
+            tag, text = runner.log_processor.get_log_after_iter(runner, batch_idx, 'train')
+            runner.logger.info(text)
+            runner.visualizer.add_scalars(tag, step=runner.iter + 1, file_path=self.json_log_path)
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        runner.logger.info(f'Epoch(val) [{runner.epoch}]  {_summary(metrics)}')
+        runner.visualizer.add_scalars(dict(metrics or {}), step=runner.epoch, file_path=self.json_log_path)
+
+    def after_test_epoch(self, runner, metrics=None) -> None:
+        runner.logger.info('test:\n' + _table(metrics) + f'\n{_summary(metrics)}')
+
+
+def _summary(metrics) -> str:
+    return '  '.join(f'{k}: {v:.2f}' for k, v in (metrics or {}).items() if 'acc/' not in k)
+
+
+def _table(metrics) -> str:
+    rows = {k.rpartition('acc/')[2]: v for k, v in (metrics or {}).items() if 'acc/' in k}
+    width = max(map(len, rows), default=0)
+    return '\n'.join(f'  {name:<{width}}  {value:6.2f}' for name, value in rows.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+@HOOKS.register_module()
+class CheckpointHook(_CheckpointHook):
+    """mmengine's, with three differences: an old checkpoint is removed only after the new one is complete, the pointer
+    ``last_checkpoint`` is replaced atomically, and the metrics of point clouds are known to be better when greater.
+
+    Args:
+        interval: save every so many epochs (iterations with ``by_epoch=False``).
+        max_keep_ckpts: how many are kept; -1 keeps all.
+        save_best: a metric, e.g. ``'OA'``: also keep ``best_OA_epoch_N.pth``, chosen on the validation split.
+        Others: as mmengine's.
+    """
+    _default_greater_keys = [*_CheckpointHook._default_greater_keys, 'OA', 'IoU', 'AP']  # noqa: RUF012
+
+    def __init__(self, interval: int = 1, by_epoch: bool = True, save_optimizer: bool = True,
+                 save_param_scheduler: bool = True, out_dir=None, max_keep_ckpts: int = -1, save_last: bool = True,
+                 save_best=None, rule=None, greater_keys=None, less_keys=None, filename_tmpl: str | None = None,
+                 save_begin: int = 0):  # spelled out, because mmengine's takes any keyword without a word
+        super().__init__(interval=interval, by_epoch=by_epoch, save_optimizer=save_optimizer,
+                         save_param_scheduler=save_param_scheduler, out_dir=out_dir, max_keep_ckpts=max_keep_ckpts,
+                         save_last=save_last, save_best=save_best, rule=rule, greater_keys=greater_keys,
+                         less_keys=less_keys, filename_tmpl=filename_tmpl, save_begin=save_begin)
+
+    def before_train(self, runner) -> None:
+        self.out_dir = self.out_dir or runner.work_dir
+        self.file_backend = LocalBackend()
+        if self.save_best is not None:
+            info = runner.message_hub.get_info
+            if len(self.key_indicators) == 1:
+                self.best_ckpt_path = info('best_ckpt')
+            else:
+                self.best_ckpt_path_dict = {key: info(f'best_ckpt_{key}') for key in self.key_indicators}
+        if self.max_keep_ckpts > 0:
+            kept = list(runner.message_hub.get_info('keep_ckpt_ids') or [])
+            self.keep_ckpt_ids = deque(kept[-self.max_keep_ckpts:], self.max_keep_ckpts)
+
+    def _save_checkpoint_with_step(self, runner, step, meta) -> None:
+        name = self.filename_tmpl.format(step)
+        outdated = []
+        if self.max_keep_ckpts > 0 and not (self.keep_ckpt_ids and self.keep_ckpt_ids[-1] == step):
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                outdated.append(self.keep_ckpt_ids.popleft())
+            self.keep_ckpt_ids.append(step)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        self.last_ckpt = os.path.join(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.save_checkpoint(self.out_dir, name, save_optimizer=self.save_optimizer,
+                               save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch)
+        if not is_main_process():
+            return
+        atomic_write(Path(runner.work_dir) / 'last_checkpoint', lambda file: file.write(self.last_ckpt.encode()))
+        for old in outdated:
+            Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)

@@ -1,0 +1,406 @@
+"""The Runner: mmengine's, with checked configs, safe checkpoints, exact resume and everything at one work-dir root.
+
+A work dir holds ``config.py`` (resolved: it trains the same again), ``environment.json``, ``train.log``,
+``metrics.jsonl``, ``epoch_N.pth``, ``best_*.pth`` and ``last_checkpoint``.
+"""
+import copy
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import is_distributed, is_main_process
+from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import Runner as _Runner
+from mmengine.visualization import Visualizer
+from torch import nn
+from torch.utils.data import DataLoader
+
+import ewa3d
+from ewa3d.engine.checkpoint import (
+    atomic_write,
+    find_last_checkpoint,
+    load_model_state,
+    read_checkpoint,
+    to_plain,
+    write_checkpoint,
+)
+from ewa3d.engine.hooks import unwrapped
+from ewa3d.engine.validate import check_config, fill_num_classes, selection
+from ewa3d.registry import LOOPS, PARAM_SCHEDULERS, RUNNERS
+
+__all__ = ['Runner', 'TrainLoop']
+
+_RUNS = itertools.count()  # two runs of one process must not share a logger or a message hub
+# What a resumed run needs from the message hub.
+_KEPT_INFO = ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt', 'validated_iter')
+
+
+@LOOPS.register_module()
+class TrainLoop(EpochBasedTrainLoop):
+    """mmengine's epoch loop that a stop cannot disturb.
+
+    * A checkpoint from before a validation: that validation is run first.
+    * A checkpoint from inside an epoch: the batches that were trained on are skipped.
+    """
+
+    def run(self) -> nn.Module:
+        self.runner.call_hook('before_train')
+        if self.runner.pending_validation:
+            self.runner.val_loop.run()
+        while self._epoch < self._max_epochs and not self.stop_training:
+            self.run_epoch()
+            self._decide_current_val_interval()
+            if self.validation_due():
+                self.runner.val_loop.run()
+        self.runner.call_hook('after_train')
+        return self.runner.model
+
+    def run_epoch(self) -> None:
+        self.runner.call_hook('before_train_epoch')
+        self.runner.model.train()
+        done = self._iter - self._epoch * len(self.dataloader)
+        for index, batch in enumerate(self.dataloader):
+            if index >= done:
+                self.run_iter(index, batch)
+        self.runner.call_hook('after_train_epoch')
+        self._epoch += 1
+
+    def validation_due(self) -> bool:
+        """Whether this epoch boundary has a validation."""
+        return (self.runner.val_loop is not None and self._epoch >= self.val_begin
+                and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs))
+
+
+@RUNNERS.register_module()
+class Runner(_Runner):
+    """See the module's docstring. Build it with :meth:`from_cfg`; call :meth:`train` or :meth:`test`.
+
+    ``resume=True`` continues from ``work_dir/last_checkpoint`` (or starts afresh where there is none), a path continues
+    from that file. ``load_from`` only loads weights.
+    """
+    log_name = 'train.log'
+
+    @classmethod
+    def from_cfg(cls, cfg) -> 'Runner':
+        """Check ``cfg``, fill what follows from the data, and build.
+
+        Raises:
+            KeyError, TypeError, ValueError: ``cfg`` cannot be right; see :func:`ewa3d.engine.validate.check_config`.
+        """
+        cfg = copy.deepcopy(cfg) if isinstance(cfg, Config) else Config(copy.deepcopy(dict(cfg)))
+        cfg.setdefault('default_scope', 'ewa3d')
+        cfg.setdefault('randomness', dict(seed=0))
+        if cfg.randomness.get('seed') is None:
+            cfg.randomness.seed = 0
+        if cfg.get('work_dir') is None:
+            raise KeyError("the config has no 'work_dir'")
+        training = cfg.get('train_cfg') is not None
+        check_config(cfg, training)
+        fill_num_classes(cfg, ('train', 'val', 'test') if training else ('test', 'train', 'val'))
+        to_plain(cfg.to_dict(), 'config')  # what cannot be stored is found now, not at the first checkpoint
+        return super().from_cfg(cfg)
+
+    def __init__(self, model, work_dir: str, train_cfg=None, experiment_name=None, default_scope='ewa3d',
+                 randomness=None, cfg=None, **kwargs):
+        self.selection = selection(cfg or {}) if train_cfg is not None else ('given', 'a checkpoint is evaluated')
+        self.last_metrics: dict = {}
+        name = experiment_name or Path((cfg and cfg.filename) or 'run').stem
+        super().__init__(model, work_dir, train_cfg=train_cfg, experiment_name=f'{name}-{next(_RUNS)}',
+                         default_scope=default_scope, randomness=dict(randomness or dict(seed=0)), cfg=cfg, **kwargs)
+
+    # ---- environment, log, layout of the work dir --------------------------------------------------------------------
+    @property
+    def _log_dir(self) -> str:
+        return self._work_dir
+
+    @_log_dir.setter
+    def _log_dir(self, value: str) -> None:
+        """mmengine wants a folder for every start; here a run's files lie at the root of its work dir."""
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """As mmengine's, and gloo where there is no GPU (its own set-up calls CUDA in every case)."""
+        if self.distributed and not is_distributed() and not torch.cuda.is_available():
+            _init_gloo(self._launcher)
+        super().setup_env(dict(env_cfg or {}))
+
+    def build_logger(self, log_level='INFO', log_file=None, **kwargs):
+        return super().build_logger(log_level, log_file or os.path.join(self._work_dir, self.log_name), **kwargs)
+
+    def build_visualizer(self, visualizer=None) -> Visualizer:
+        """None by default: metrics go to ``metrics.jsonl``; configs may ask for TensorBoard."""
+        if visualizer is None:
+            return Visualizer.get_instance(name=self._experiment_name)
+        return super().build_visualizer(visualizer)
+
+    def get_hooks_info(self) -> str:
+        return ', '.join(type(hook).__name__ for hook in self._hooks)
+
+    def _log_env(self, env_cfg: dict) -> None:
+        environment = describe_environment(seed=self._seed, world_size=self._world_size)
+        self.logger.info(f'ewa3d {ewa3d.__version__}, torch {torch.__version__}, {environment["device"]}, '
+                         f'seed {self._seed}, {self._world_size} process(es); work dir {self._work_dir}')
+        if is_main_process() and self._train_loop is not None:
+            text = json.dumps(environment, indent=2)
+            atomic_write(Path(self._work_dir) / 'environment.json', lambda file: file.write(text.encode()))
+
+    def dump_config(self) -> None:
+        """``config.py``: everything resolved, usable with tools/train.py."""
+        if not is_main_process() or self._train_loop is None:
+            return
+        cfg = copy.deepcopy(self.cfg)
+        for key in ('resume', 'launcher'):  # of this start, not of the experiment
+            cfg.pop(key, None)
+        atomic_write(Path(self._work_dir) / 'config.py', lambda file: file.write(cfg.pretty_text.encode()))
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+    def register_default_hooks(self, hooks=None) -> None:
+        """mmengine's and ours, whatever the config lists; a name set to ``None`` leaves that hook out."""
+        defaults = dict(rng=dict(type='RNGStateHook'), dataset_epoch=dict(type='DatasetEpochHook'),
+                        metrics=dict(type='MetricsHook'), logger=dict(type='LoggerHook'),
+                        checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3))
+        if self.distributed:
+            defaults['sync_buffers'] = dict(type='SyncBuffersHook')
+        hooks = {**defaults, **(hooks or {})}
+        own = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
+        super().register_default_hooks({k: v for k, v in hooks.items() if v is not None or k in own})
+
+    def wrap_model(self, model_wrapper_cfg, model: nn.Module) -> nn.Module:
+        if self.distributed and not torch.cuda.is_available():
+            model_wrapper_cfg = {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False,
+                                 'find_unused_parameters': self.cfg.get('find_unused_parameters', False),
+                                 **(model_wrapper_cfg or {})}
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def _init_model_weights(self) -> None:
+        """Nothing: models initialise themselves in their constructors, then load, then expand (ARCHITECTURE.md).
+
+        mmengine would call ``init_weights`` here, after the optimizer was built, and wipe loaded weights.
+        """
+
+    @staticmethod
+    def build_dataloader(dataloader, seed=None, diff_rank_seed: bool = False) -> DataLoader:
+        """As mmengine's, with a random generator of its own: making an iterator must not move the training's."""
+        if isinstance(dataloader, DataLoader):
+            return dataloader
+        dataloader = copy.deepcopy(dataloader)
+        if not dataloader.get('num_workers', 0):
+            for key in ('persistent_workers', 'prefetch_factor'):
+                dataloader.pop(key, None)
+        loader = _Runner.build_dataloader(dataloader, seed=seed, diff_rank_seed=diff_rank_seed)
+        if len(loader.dataset) == 0:
+            raise ValueError(f'the data set {type(loader.dataset).__name__} is empty')
+        if len(loader) == 0:
+            raise ValueError(f'the data set {type(loader.dataset).__name__} has {len(loader.dataset)} samples, which '
+                             f'is less than one batch of {loader.batch_size}, and drop_last=True drops that')
+        loader.generator = torch.Generator().manual_seed(int(seed or 0))
+        return loader
+
+    def build_train_loop(self, loop):
+        if isinstance(loop, Mapping) and 'type' not in loop and loop.get('by_epoch', True):
+            loop = {'type': 'TrainLoop', **{k: v for k, v in loop.items() if k != 'by_epoch'}}
+            epochs = loop.get('max_epochs')
+            if not isinstance(epochs, int) or epochs < 1:
+                raise ValueError(f'train_cfg.max_epochs must be a positive integer, got {epochs!r}')
+        return super().build_train_loop(loop)
+
+    def _build_param_scheduler(self, scheduler, optim_wrapper) -> list:
+        schedulers = scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]
+        schedulers = [copy.deepcopy(s) for s in schedulers]
+        for cfg in schedulers:
+            if isinstance(cfg, dict) and getattr(PARAM_SCHEDULERS.get(cfg['type']), 'by_iteration', False):
+                cfg['by_epoch'] = False  # from this mmengine takes the run's iterations as `end`
+        return super()._build_param_scheduler(schedulers, optim_wrapper)
+
+    def _maybe_compile(self, target: str) -> None:
+        """Compile the model's forward only: the optimizer step and its hooks are memory-bound and stay eager."""
+        options = self.cfg.get('compile')
+        if not options:
+            return
+        unwrapped(self.model).compile(**({} if options is True else options))
+        self.logger.info('the model is compiled; its first steps are slow')
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+    @property
+    def pending_validation(self) -> bool:
+        """Whether the run stands at an epoch boundary whose validation has not been run (right after a resume)."""
+        loop = self.train_loop
+        return (isinstance(loop, TrainLoop) and self.epoch > 0 and self.iter == self.epoch * len(loop.dataloader)
+                and loop.validation_due() and self.message_hub.get_info('validated_iter') != self.iter)
+
+    def train(self) -> nn.Module:
+        self.logger.info(f'selection: {self.selection[1]}')
+        model = super().train()
+        if self._val_loop is None and self._test_loop is not None:
+            self._test_loop = self.build_test_loop(self._test_loop)
+            self.last_metrics = self.test_loop.run()
+        if self.selection[0] == 'best':
+            self.logger.info(f'reported: {self.message_hub.get_info("best_ckpt")}, '
+                             f'score {self.message_hub.get_info("best_score"):.2f}')
+        elif self.last_metrics:
+            result = '  '.join(f'{k} {v:.2f}' for k, v in self.last_metrics.items() if 'acc/' not in k)
+            self.logger.info(f'reported: last epoch ({self.epoch}): {result}')
+        return model
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+    def load_or_resume(self) -> None:
+        if self._has_loaded:
+            return
+        path = None
+        if self._resume:
+            path = find_last_checkpoint(self._work_dir) if self._resume is True else self._resume
+            if path is None:
+                self.logger.info(f'nothing to resume in {self._work_dir}: starting from scratch')
+                self._resume = False
+        if path is not None:
+            self.resume(str(path))
+        else:
+            self._start_afresh()
+            if self._load_from is not None:
+                self.load_checkpoint(self._load_from)
+        self._has_loaded = True
+
+    def _start_afresh(self) -> None:
+        pointer = Path(self._work_dir) / 'last_checkpoint'
+        if self._train_loop is None or not pointer.exists():
+            return
+        self.logger.warning(f'{self._work_dir} holds an earlier run, which is not continued (--resume would): its '
+                            'checkpoints will be overwritten as this run gets there')
+        if is_main_process():
+            pointer.unlink(missing_ok=True)
+
+    def load_checkpoint(self, filename, map_location='cpu', strict: bool = True, revise_keys=()) -> dict:
+        """Read a checkpoint safely and load its weights strictly."""
+        checkpoint = read_checkpoint(filename, map_location)
+        checkpoint.setdefault('state_dict', {k: v for k, v in checkpoint.items() if torch.is_tensor(v)})
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        load_model_state(unwrapped(self.model), checkpoint['state_dict'], str(filename))
+        self._has_loaded = True
+        self.logger.info(f'loaded {filename}')
+        return checkpoint
+
+    def resume(self, filename, resume_optimizer: bool = True, resume_param_scheduler: bool = True,
+               map_location='cpu') -> None:
+        """Continue a run: weights, optimizer, schedulers, random generators, epoch and iteration.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds weights only, or is of another model.
+        """
+        checkpoint = self.load_checkpoint(filename, map_location)
+        meta = checkpoint.get('meta') or {}
+        if 'optimizer' not in checkpoint or 'iter' not in meta:
+            raise ValueError(f'{filename} holds weights but no training state, so a run cannot be resumed from it; use '
+                             'an epoch_N.pth, or load_from to start a new run from these weights')
+        self._warn_differences(meta)
+        steps = len(self.train_dataloader)
+        self.train_loop._iter = int(meta['iter'])
+        if meta.get('epoch_length', steps) != steps:
+            self.train_loop._iter = int(meta['epoch']) * steps
+        self.train_loop._epoch = self.train_loop._iter // steps if isinstance(self.train_loop, TrainLoop) else 0
+        self._restore_info(checkpoint.get('message_hub') or {})
+        try:
+            self.optim_wrapper.load_state_dict(checkpoint['optimizer'])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f'{filename}: its optimizer state does not fit this optimizer: {error}') from None
+        saved = checkpoint.get('param_schedulers')
+        if self.param_schedulers and saved:
+            groups = self.param_schedulers if isinstance(self.param_schedulers, dict) else {'': self.param_schedulers}
+            saved = saved if isinstance(saved, dict) else {'': saved}
+            for name, schedulers in groups.items():
+                for scheduler, state in zip(schedulers, saved.get(name, ())):
+                    scheduler.load_state_dict(state)
+        self.logger.info(f'resumed {filename} after epoch {self.epoch}, iteration {self.iter}')
+
+    def _warn_differences(self, meta: Mapping) -> None:
+        now = dict(seed=self.seed, max_epochs=self.max_epochs, world_size=self.world_size,
+                   epoch_length=len(self.train_dataloader))
+        for key, value in now.items():
+            if key in meta and meta[key] != value:
+                self.logger.warning(f'{key} was {meta[key]} when the checkpoint was written and is {value} now: the '
+                                    'resumed run is another one than the run without a stop'
+                                    + (' (schedules follow the new length)' if key == 'max_epochs' else ''))
+
+    def _restore_info(self, info: Mapping) -> None:
+        for key, value in info.items():
+            if not key.startswith(_KEPT_INFO):
+                continue
+            if 'ckpt' in key and isinstance(value, str):  # the folder may have moved; and a file names none elsewhere
+                value = os.path.join(self._work_dir, os.path.basename(value))
+            if key == 'keep_ckpt_ids':
+                value = [int(v) for v in value]
+            self.message_hub.update_info(key, value)
+
+    def save_checkpoint(self, out_dir, filename, file_client_args=None, save_optimizer: bool = True,
+                        save_param_scheduler: bool = True, meta=None, by_epoch: bool = True, backend_args=None) -> None:
+        """Write a checkpoint; every rank calls this (their random states are gathered), the first one writes."""
+        # Hooks run before the loop counts: the epoch that just ended, or the iteration, is one more.
+        position = dict(epoch=self.epoch + bool(by_epoch), iter=self.iter + (not by_epoch))
+        checkpoint = dict(meta={**position, **(meta or {})}, state_dict=dict(unwrapped(self.model).state_dict()))
+        if save_optimizer:
+            checkpoint['optimizer'] = self.optim_wrapper.state_dict()
+        if save_param_scheduler and self.param_schedulers:
+            states = self.param_schedulers
+            checkpoint['param_schedulers'] = (
+                {k: [s.state_dict() for s in v] for k, v in states.items()} if isinstance(states, dict)
+                else [s.state_dict() for s in states])
+        self.call_hook('before_save_checkpoint', checkpoint=checkpoint)
+        if not is_main_process():
+            return
+        hub = self.message_hub.runtime_info
+        checkpoint['message_hub'] = {k: to_plain(v, k) for k, v in hub.items() if k.startswith(_KEPT_INFO)}
+        if not save_optimizer:  # weights to use, not a state to resume
+            for key in ('rng', 'message_hub'):
+                checkpoint.pop(key, None)
+        checkpoint['meta'] = self._meta(checkpoint)
+        write_checkpoint(Path(out_dir) / filename, **checkpoint)
+
+    def _meta(self, checkpoint: dict) -> dict:
+        dataset_meta = getattr(self.train_dataloader.dataset, 'metainfo', None) or {}
+        validated = self.message_hub.get_info('validated_iter') == checkpoint['meta']['iter']
+        return dict(checkpoint['meta'], max_epochs=self.max_epochs, epoch_length=len(self.train_dataloader),
+                    seed=self.seed, world_size=self.world_size, cfg=self.cfg.to_dict(), dataset_meta=dict(dataset_meta),
+                    weights='ema' if 'ema_state_dict' in checkpoint else 'raw', versions=versions(),
+                    metrics=self.last_metrics if validated else {}, time=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
+
+
+def _init_gloo(launcher: str) -> None:
+    """A gloo process group from the variables that torchrun or slurm set."""
+    if launcher == 'slurm':
+        for ours, theirs in dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID').items():
+            os.environ.setdefault(ours, os.environ[theirs])
+        os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
+        os.environ.setdefault('MASTER_PORT', '29500')
+    missing = [k for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if k not in os.environ]
+    if missing:
+        raise ValueError(f'launcher {launcher!r}: the environment lacks {", ".join(missing)}; start with torchrun '
+                         '(--launcher pytorch) or srun (--launcher slurm)')
+    torch.distributed.init_process_group('gloo')
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on; packages are not imported for it."""
+    found = dict(ewa3d=ewa3d.__version__, python=platform.python_version())
+    for name in ('torch', 'numpy', 'mmengine', 'timm', 'torchvision', 'scipy'):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_environment(**more) -> dict:
+    """What ``environment.json`` holds."""
+    cuda = torch.cuda.is_available()
+    return dict(device=torch.cuda.get_device_name() if cuda else f'CPU ({torch.get_num_threads()} threads)',
+                devices=torch.cuda.device_count() if cuda else 0, cuda=torch.version.cuda,
+                cudnn=torch.backends.cudnn.version() if cuda else None, platform=platform.platform(),
+                cpu_count=os.cpu_count(), threads=torch.get_num_threads(), versions=versions(), command=sys.argv,
+                started=time.strftime('%Y-%m-%dT%H:%M:%S%z'), **more)

@@ -1,0 +1,188 @@
+"""From the checkpoint of an expanded model to a file with plain weights, with the proof that nothing changed."""
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ewa3d.engine.checkpoint import (
+    SUFFIXES,
+    load_model_state,
+    read_checkpoint,
+    select_weights,
+    to_plain,
+    trusted_part,
+    write_checkpoint,
+)
+from ewa3d.registry import MODELS
+from ewa3d.reparam import fuse
+
+__all__ = ['FuseReport', 'fuse_checkpoint', 'example_inputs', 'output_difference', 'plain_config']
+
+TOLERANCE = 1e-5
+
+
+@dataclass
+class FuseReport:
+    """What :func:`fuse_checkpoint` did; ``str()`` is what the command prints."""
+    table: str
+    weights: str
+    fused: int
+    kept: int
+    difference: dict[str, dict[str, float]]  # dtype → absolute and relative
+    tolerance: float
+    out: Path
+    written: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [self.table, f'weights: {self.weights}', *self.notes]
+        for dtype, value in self.difference.items():
+            lines.append(f'largest output difference in {dtype}: {value["absolute"]:.3g} absolute, '
+                         f'{value["relative"]:.3g} relative')
+        relative = self.difference['float32']['relative']
+        lines.append(f'wrote {self.out}' if self.written else
+                     f'refused to write {self.out}: {relative:.3g} is more than {self.tolerance:g}')
+        return '\n'.join(lines)
+
+
+def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | None = None, weights: str = 'default',
+                    tolerance: float = TOLERANCE) -> FuseReport:
+    """Build the model of ``checkpoint``, fuse it, compare, and write the plain weights to ``out``.
+
+    The config comes from the checkpoint as data: only registered types are built and nothing in the file is executed.
+
+    Args:
+        checkpoint: a file that training wrote.
+        out: ``*.pth`` or ``*.safetensors``; its folder is made. Written only when the outputs agree.
+        config: a config of your own, where the model has types that only its ``custom_imports`` register.
+        weights: ``'default'``, ``'ema'`` or ``'raw'``, see :func:`ewa3d.engine.checkpoint.select_weights`.
+        tolerance: the largest relative output difference in fp32 at which ``out`` is written.
+
+    Raises:
+        ValueError: ``out`` has another suffix or is the checkpoint itself, or the checkpoint has no config or does not
+            fit it.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f'{out}: the name must end in .pth or .safetensors, got {out.suffix!r}')
+    if out.is_dir():
+        raise ValueError(f'{out} is a folder; the name of a file was expected')
+    if out.resolve() == checkpoint.resolve():
+        raise ValueError(f'{out} is the checkpoint itself; give another name, the expanded weights are lost otherwise')
+    content = read_checkpoint(checkpoint)
+    meta = dict(content.get('meta') or {})
+    cfg = _config_of(meta, config, checkpoint)
+    state, kind = select_weights(content, weights)
+
+    expanded = MODELS.build(copy.deepcopy(cfg['model']))
+    load_model_state(expanded, state, str(checkpoint))
+    expanded.eval().requires_grad_(False)
+    plain = copy.deepcopy(expanded)
+    rows = fuse(plain)
+    kept = {row.before for row in rows if row.status == 'kept'}
+    fused = sum(row.status == 'fused' for row in rows)
+    difference = {str(dtype).removeprefix('torch.'): output_difference(expanded, plain, example_inputs(cfg), dtype)
+                  for dtype in (torch.float32, torch.float64)}
+    report = FuseReport(str(rows), kind, fused, sum(row.status == 'kept' for row in rows), difference, tolerance, out)
+    if not fused:
+        report.notes.append('there was nothing to fuse')
+    if kept:
+        report.notes.append(f'kept as they are: {", ".join(sorted(kept))}; the plain config keeps their expand rules')
+    relative = difference['float32']['relative']
+    if not relative <= tolerance:  # NaN is refused too
+        return report
+
+    plain_cfg = plain_config(cfg, kept)
+    load_model_state(MODELS.build(copy.deepcopy(plain_cfg['model'])), plain.state_dict(), 'the fused model')
+    meta.update(cfg=plain_cfg, weights=kind, fused=dict(source=checkpoint.name, modules=fused, difference=difference))
+    write_checkpoint(out, plain.state_dict(), meta)
+    report.written = True
+    return report
+
+
+def _config_of(meta: Mapping, config: Mapping | None, checkpoint: Path) -> dict:
+    stored = meta.get('cfg')
+    if config is not None:
+        cfg = to_plain(config.to_dict() if hasattr(config, 'to_dict') else config, 'config')
+        classes = (meta.get('dataset_meta') or {}).get('classes')
+        head = cfg.get('model', {}).get('head')
+        if isinstance(head, dict) and head.get('num_classes') is None and classes:
+            head['num_classes'] = len(classes)
+        cfg['model'] = {k: v for k, v in cfg['model'].items() if k != 'pretrained'}
+        return cfg
+    if not isinstance(stored, Mapping) or not isinstance(stored.get('model'), Mapping):
+        what = 'its config is text, which would have to be executed' if isinstance(stored, str) else 'it has no config'
+        raise ValueError(f'{checkpoint}: {what}; give a config that you trust with --config')
+    return {**stored, 'model': trusted_part(stored['model'], str(checkpoint))}
+
+
+def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:
+    """``cfg`` without what training added: ``model.expand`` (but for modules that stay) and, then, the EWA hook."""
+    cfg = copy.deepcopy(dict(cfg))
+    model = cfg['model'] = dict(cfg['model'])
+    rules = [rule for rule in model.pop('expand', None) or [] if rule.get('type') in kept]
+    model.pop('pretrained', None)
+    if rules:
+        model['expand'] = rules
+        return cfg
+    is_ewa = lambda hook: isinstance(hook, Mapping) and hook.get('type') == 'EWAHook'  # noqa: E731
+    for key in ('default_hooks', 'custom_hooks'):
+        hooks = cfg.get(key)
+        if isinstance(hooks, Mapping):
+            cfg[key] = {k: v for k, v in hooks.items() if not is_ewa(v)}
+        elif hooks:
+            cfg[key] = [v for v in hooks if not is_ewa(v)]
+    return cfg
+
+
+def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Generated clouds of the shape that the model of ``cfg`` takes: noisy ellipsoids in the unit ball.
+
+    Shape:
+        - ``points``: ``(batch_size, N, 3 + F)``, ``N`` from the test pipeline (else 1024), ``F`` from the tokenizer.
+    """
+    sizes = [v for k, v in _items(cfg.get('test_dataloader') or {}) if k == 'num_points' and isinstance(v, int)]
+    tokenizer = (cfg['model'].get('backbone') or {}).get('tokenizer') or {}
+    channels = [v for k, v in _items(tokenizer) if k == 'in_channels' and isinstance(v, int)]
+    size, width = max(sizes, default=1024), max(channels, default=3)
+    if not (1 <= size <= 2**20 and 3 <= width <= 1024):
+        raise ValueError(f'the config asks for clouds of {size} points with {width} channels')
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(batch_size, size, width, generator=generator)
+    radius = points[..., :3].norm(dim=-1, keepdim=True)
+    scale = 0.3 + 0.7 * torch.rand(batch_size, 1, 3, generator=generator)
+    points[..., :3] = points[..., :3] / radius * scale * (0.95 + 0.05 * radius / radius.amax(1, keepdim=True))
+    return dict(points=points)
+
+
+def _items(tree) -> Iterator[tuple]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield key, value
+            yield from _items(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _items(value)
+
+
+@torch.no_grad()
+def output_difference(one: nn.Module, other: nn.Module, inputs: Mapping[str, Tensor],
+                      dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """The largest difference of two models' raw outputs: ``absolute``, and ``relative`` to the largest output."""
+    inputs = {k: v.to(dtype) for k, v in inputs.items()}
+    first, second = (list(_tensors(copy.deepcopy(model).to(dtype).eval()(inputs, mode='tensor')))
+                     for model in (one, other))
+    absolute = max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+    largest = max(float(a.abs().max()) for a in first)
+    return dict(absolute=absolute, relative=absolute / max(largest, torch.finfo(dtype).tiny))
+
+
+def _tensors(output) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    else:
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
