@@ -1,1 +1,8 @@
-"""..."""
+"""Data sets and transforms; importing this package registers them."""
+from ewa3d.datasets.base import PointDataset
+from ewa3d.datasets.modelnet import ModelNet
+from ewa3d.datasets.transforms import (Normalize, Pack, RandomDrop, RandomJitter, RandomRotate, RandomScale,
+                                       RandomShift, Resample, UpAxis)
+
+__all__ = ['PointDataset', 'ModelNet', 'Normalize', 'Resample', 'UpAxis',
+           'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack']

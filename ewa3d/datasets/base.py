@@ -1,0 +1,243 @@
+"""What every data set of point clouds shares: metainfo, the pipeline, seeding."""
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ewa3d.datasets.io import as_cloud, read_cloud
+from ewa3d.registry import DATASETS, TRANSFORMS, nearest
+
+__all__ = ['PointDataset', 'require_folder']
+
+AXES = ('x', 'y', 'z')
+KEPT_ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError)
+
+
+def require_folder(folder: str | Path, what: str) -> Path:
+    """``folder`` as a path; ``FileNotFoundError`` that says where to get the data when it is not there."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{what}: there is no folder {str(folder)!r} (looked for it in {str(Path.cwd())!r}); '
+                                f'data/README.md says where to get the data and how it is laid out')
+    return folder
+
+
+@DATASETS.register_module()
+class PointDataset(Dataset):
+    """Point clouds with labels, behind a pipeline of transforms.
+
+    A new data set is a subclass with ``METAINFO`` and :meth:`load_data_list`::
+
+        @DATASETS.register_module()
+        class Fruit(PointDataset):
+            METAINFO = dict(classes=('apple', 'pear'), up_axis='z')
+
+            def load_data_list(self):
+                return [dict(path=self.data_root / 'a1.npy', label=0), dict(path=self.data_root / 'p7.npy', label=1)]
+
+    Each sample starts as ``dict(points (N, 3+F) float32, label, name, index, up_axis, normals, rng)`` (and whatever
+    else its entry holds, for example ``parts``) and goes through ``pipeline``. Its ``rng`` depends on
+    ``(seed, epoch, index)`` alone: the augmentation does not change with the number of workers.
+
+    Args:
+        data_root: folder of the data.
+        split: which part; a subclass says which ones it has in ``SPLITS``.
+        pipeline: transforms, as config dicts or callables ``results -> results``.
+        metainfo: replaces entries of ``METAINFO``.
+        indices: a subset: a list of indices, or a number of samples spread evenly over the list.
+        seed: of the augmentation.
+        cache_dir: where data sets that prepare their clouds keep the result; ``None`` keeps it in memory.
+        lazy_init: leave the reading of the list to the first use. ``metainfo`` is there in any case.
+
+    Raises:
+        ValueError, TypeError, KeyError, FileNotFoundError: naming the sample, file or key and what was expected.
+    """
+
+    METAINFO: dict = {}
+    SPLITS: tuple | None = None
+
+    def __init__(self, data_root: str | Path | None = None, split: str | None = 'train', pipeline: Iterable = (),
+                 metainfo: dict | None = None, indices: int | Sequence[int] | None = None, seed: int = 0,
+                 cache_dir: str | Path | None = 'data/.cache', lazy_init: bool = False):
+        if self.SPLITS is not None and split not in self.SPLITS:
+            raise ValueError(f'{type(self).__name__} has no split {split!r}; {nearest(split, self.SPLITS)}')
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise ValueError(f'seed must be an integer of at least 0, got {seed!r}')
+        self.data_root = None if data_root is None else Path(data_root).expanduser()
+        self.split = split
+        self.seed = int(seed)
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.pipeline = [build_transform(step) for step in pipeline]
+        self._indices = indices
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._data_list: list[dict] | None = None
+        self._metainfo = merge_metainfo(self.METAINFO, self.load_metainfo(), metainfo or {})
+        if not lazy_init:
+            self.full_init()
+
+    # ---- what a subclass writes -------------------------------------------------------------------------------------
+    def load_metainfo(self) -> dict:
+        """Metainfo that only the data can tell (class names from a file, say). Must be cheap."""
+        return {}
+
+    def load_data_list(self) -> list[dict]:
+        """One dict a sample: ``points`` (an array) or ``path`` (a file), ``label``, and optionally ``name``, ``parts``."""
+        raise NotImplementedError(f'{type(self).__name__} must define load_data_list()')
+
+    def load_points(self, entry: dict) -> np.ndarray:
+        """The cloud ``(N, 3+F)`` of an entry of the data list."""
+        if 'points' in entry:
+            return entry['points']
+        if 'path' in entry:
+            return read_cloud(entry['path']).points
+        raise KeyError(f"an entry of the data list needs 'points' or 'path', got {sorted(entry)}")
+
+    # ---- what everybody uses ----------------------------------------------------------------------------------------
+    @property
+    def metainfo(self) -> dict:
+        """``classes``, ``up_axis`` and what else the data set says about itself (a copy)."""
+        return dict(self._metainfo)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the augmentation of this epoch; workers that are already running see it, too."""
+        if epoch < 0:
+            raise ValueError(f'the epoch must be at least 0, got {epoch}')
+        self._epoch.fill_(int(epoch))
+
+    def full_init(self) -> None:
+        """Read the list of samples, once."""
+        if self._data_list is not None:
+            return
+        data_list = list(self.load_data_list())
+        if not data_list:
+            raise ValueError(f'{self._what} has no samples')
+        check_labels(data_list, self._metainfo.get('classes'), self._what)
+        self._chosen = choose(len(data_list), self._indices, self._what)
+        self._data_list = data_list
+
+    def __len__(self) -> int:
+        self.full_init()
+        return len(self._chosen)
+
+    def __getitem__(self, i: int) -> dict:
+        self.full_init()
+        index = self._chosen[operator.index(i)]
+        results = self._start(index)
+        for step in self.pipeline:
+            try:
+                results = step(results)
+            except Exception as error:
+                raise self._located(error, index, step) from error
+            if results is None:
+                raise ValueError(f'{self._name(index)}: {type(step).__name__} returned None instead of the sample')
+        return results
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._epoch = self._epoch.share_memory_()  # a deep copy loses it
+
+    def __repr__(self) -> str:
+        size = 'not read yet' if self._data_list is None else f'{len(self)} samples'
+        return f'{type(self).__name__}(split={self.split!r}, data_root={str(self.data_root)!r}, {size})'
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+    @property
+    def _what(self) -> str:
+        where = f' in {str(self.data_root)!r}' if self.data_root is not None else ''
+        return f'{type(self).__name__}, split {self.split!r}{where}'
+
+    def _name(self, index: int) -> str:
+        entry = self._data_list[index]
+        return str(entry.get('name') or entry.get('path') or f'{type(self).__name__}[{index}]')
+
+    def _start(self, index: int) -> dict:
+        entry = self._data_list[index]
+        name = self._name(index)
+        results = {key: value for key, value in entry.items() if key != 'path'}
+        try:
+            points = as_cloud(self.load_points(entry), name).view()
+        except KEPT_ERRORS as error:
+            raise self._located(error, index) from error
+        normals = bool(self._metainfo.get('normals'))
+        if normals and points.shape[1] < 6:
+            raise ValueError(f'{name}: normals need 6 columns, the cloud has {points.shape[1]}')
+        points.flags.writeable = False  # a transform that writes in place would change the data for good
+        results.update(points=points, name=name, index=index, up_axis=self._metainfo.get('up_axis'),
+                       normals=normals, rng=np.random.default_rng((self.seed, self.epoch, index)))
+        return results
+
+    def _located(self, error: Exception, index: int, step: Callable | None = None) -> Exception:
+        """``error`` as one that names the sample and the transform."""
+        name, text = self._name(index), error_text(error)
+        where = f'{type(step).__name__}: ' if step is not None else ''
+        if name not in text:
+            where = f'{name}: {where}'
+        kind = type(error) if type(error) in KEPT_ERRORS else RuntimeError
+        kept = text if kind is type(error) else f'{type(error).__name__}: {text}'
+        return kind(f'{where}{kept}')
+
+
+def error_text(error: Exception) -> str:
+    """The message of an error (``str`` of a ``KeyError`` would put quotes around it)."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error) or repr(error)
+
+
+def build_transform(step) -> Callable:
+    """A transform from its config dict; a callable stays what it is."""
+    transform = TRANSFORMS.build(step) if isinstance(step, dict) else step
+    if not callable(transform):
+        raise TypeError(f'a transform is a config dict or a callable, got {step!r}')
+    return transform
+
+
+def merge_metainfo(*parts: dict) -> dict:
+    """The parts over one another, with ``classes`` as a tuple of distinct names and ``up_axis`` checked."""
+    merged: dict = {}
+    for part in parts:
+        merged.update(part)
+    if 'classes' in merged:
+        classes = merged['classes']
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+            raise TypeError(f"metainfo 'classes' must be a sequence of names, got {classes!r}")
+        if len(set(classes)) != len(classes):
+            raise ValueError(f"metainfo 'classes' names a class twice: {sorted(classes)}")
+        merged['classes'] = tuple(classes)
+    if merged.get('up_axis') not in (None, *AXES):
+        raise ValueError(f"metainfo 'up_axis' must be 'x', 'y' or 'z', got {merged['up_axis']!r}")
+    return merged
+
+
+def check_labels(data_list: list[dict], classes: Sequence[str] | None, what: str) -> None:
+    """Raise unless every label is an integer that has a class."""
+    for i, entry in enumerate(data_list):
+        label = entry.get('label')
+        if label is None:
+            continue
+        name = entry.get('name') or entry.get('path') or i
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+            raise TypeError(f'{what}: sample {name}: the label must be an integer, got {label!r}')
+        if label < 0 or (classes is not None and label >= len(classes)):
+            raise ValueError(f'{what}: sample {name}: label {label} is not one of the '
+                             f'{len(classes) if classes is not None else ""} classes (counted from 0)')
+
+
+def choose(total: int, indices: int | Sequence[int] | None, what: str) -> Sequence[int]:
+    """The indices of a subset of ``total`` samples (see :class:`PointDataset`)."""
+    if indices is None:
+        return range(total)
+    if isinstance(indices, (int, np.integer)):
+        if not 1 <= indices <= total:
+            raise ValueError(f'{what}: indices={indices} samples asked for, there are {total}')
+        return [i * total // int(indices) for i in range(int(indices))]
+    chosen = [operator.index(i) for i in indices]
+    wrong = [i for i in chosen if not 0 <= i < total]
+    if wrong or not chosen:
+        raise ValueError(f'{what}: indices must name some of the samples 0 … {total - 1}, got {wrong or chosen}')
+    return chosen

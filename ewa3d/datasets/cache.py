@@ -1,0 +1,222 @@
+"""Prepared clouds on disk: ordered by farthest point sampling once, then mapped into memory by every worker.
+
+A cache is a folder ``<name>-<settings>-<sources>`` with ``points.f32`` (rows of float32), ``offsets.npy`` (where each
+cloud begins) and ``meta.json``. The two parts of its name are hashes of the settings and of the sources' names, sizes
+and modification times: where one of them changes, another cache is written. It is written under a temporary name and
+renamed, so that a cache that exists is whole.
+"""
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.logging import print_log
+
+from ewa3d.ops import fps
+
+__all__ = ['Clouds', 'cached_clouds', 'fps_order']
+
+VERSION = 1
+BATCH = 32  # clouds that are ordered together
+THIN = 65_536  # a larger cloud is thinned to so many points at random before it is ordered
+REPORT_SECONDS = 5.0
+
+
+class Clouds:
+    """Clouds of any sizes in one array; ``clouds[i]`` is a view ``(N_i, C)``. Pickles as a path where it has one."""
+
+    def __init__(self, points: np.ndarray | None, offsets: np.ndarray, folder: Path | None = None):
+        self._points, self.offsets, self.folder = points, offsets, folder
+
+    @classmethod
+    def load(cls, folder: Path) -> 'Clouds':
+        """Raises:
+            ValueError: something in the folder is missing or has another size than its meta file says.
+        """
+        try:
+            columns = int(json.loads((folder / 'meta.json').read_text())['columns'])
+            offsets = np.load(folder / 'offsets.npy', allow_pickle=False)
+            rows = int(offsets[-1])
+            points = np.memmap(folder / 'points.f32', np.float32, 'r', shape=(rows, columns))
+            if points.size * 4 != (folder / 'points.f32').stat().st_size:
+                raise ValueError('points.f32 has another size')
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f'{folder}: a damaged cache: {error}') from error
+        return cls(np.asarray(points), offsets, folder)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if self._points is None:
+            self._points = Clouds.load(self.folder)._points
+        return self._points[self.offsets[i]:self.offsets[i + 1]]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, '_points': None} if self.folder is not None else self.__dict__
+
+
+def cached_clouds(cache_dir: Path | None, name: str, settings: dict, files: Iterable[Path], root: Path,
+                  read: Callable[[], Iterable[np.ndarray]], total: int, max_points: int,
+                  fps_ordered: bool = False) -> Clouds:
+    """The clouds that ``read()`` yields, each cut to its first ``max_points`` in FPS order, from the cache or into it.
+
+    Args:
+        name: what the folder is called in front of the hashes.
+        settings: everything else that the clouds depend on.
+        files: the sources, below ``root``.
+        fps_ordered: the clouds come in FPS order.
+    """
+    prepared = prepare(read, total, max_points, fps_ordered, name)
+    if cache_dir is None:
+        clouds = list(prepared)
+        return Clouds(np.concatenate(clouds), np.cumsum([0, *map(len, clouds)]))
+    settings = {**settings, 'max_points': max_points, 'root': str(root.resolve()), 'version': VERSION}
+    stem = f'{name}-{digest(settings)}'
+    folder = cache_dir / f'{stem}-{digest(fingerprint(files, root))}'
+    found = load_if_whole(folder)
+    if found is not None:
+        return found
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with lock(cache_dir / f'{stem}.lock'):
+            found = load_if_whole(folder)  # somebody else may have written it meanwhile
+            if found is None:
+                write(prepared, folder, settings)
+                for old in cache_dir.glob(f'{stem}-*'):  # the same settings on sources that are no more
+                    if old != folder:
+                        shutil.rmtree(old, ignore_errors=True)
+    except PermissionError as error:
+        raise PermissionError(f'the cache folder {str(cache_dir)!r} cannot be written ({error}): choose another one '
+                              f'with cache_dir, or cache_dir=None to keep the clouds in memory') from error
+    return found or Clouds.load(folder)
+
+
+def load_if_whole(folder: Path) -> Clouds | None:
+    if not folder.is_dir():
+        return None
+    try:
+        return Clouds.load(folder)
+    except ValueError as error:
+        print_log(f'{error}; it is written again', 'current')
+        return None
+
+
+def write(clouds: Iterator[np.ndarray], folder: Path, settings: dict) -> None:
+    """Write a cache under a temporary name, then rename it."""
+    start = time.perf_counter()
+    temporary = Path(tempfile.mkdtemp(prefix='.writing-', dir=folder.parent))
+    try:
+        offsets, columns = [0], 3
+        with (temporary / 'points.f32').open('wb') as file:
+            for cloud in clouds:
+                file.write(np.ascontiguousarray(cloud, dtype='<f4').data)
+                offsets.append(offsets[-1] + len(cloud))
+                columns = cloud.shape[1]
+            file.flush()
+            os.fsync(file.fileno())
+        np.save(temporary / 'offsets.npy', np.array(offsets, dtype=np.int64))
+        (temporary / 'meta.json').write_text(json.dumps({'columns': columns, **settings}, indent=1))
+        temporary.chmod(0o755)
+        if folder.exists():  # a damaged one
+            shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = offsets[-1] * columns * 4 / 1e6
+    print_log(f'wrote the cache {folder}: {len(offsets) - 1} clouds, {size:.0f} MB, '
+              f'{time.perf_counter() - start:.0f} s', 'current')
+
+
+@contextmanager
+def lock(path: Path):
+    """Let one process at a time in, where the system has file locks; elsewhere two may do the same work, safely."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fingerprint(files: Iterable[Path], root: Path) -> list:
+    """Name, size and modification time of every source."""
+    found = []
+    for file in files:
+        stat = file.stat()
+        found.append((os.path.relpath(file, root), stat.st_size, stat.st_mtime_ns))
+    return sorted(found)
+
+
+def prepare(read: Callable[[], Iterable[np.ndarray]], total: int, max_points: int, fps_ordered: bool,
+            name: str) -> Iterator[np.ndarray]:
+    """Read, order and cut the clouds, saying how far it is and how long it will take."""
+    start = reported = time.perf_counter()
+    batch, done, columns = [], 0, None
+    for cloud in read():
+        if columns is not None and cloud.shape[1] != columns:
+            raise ValueError(f'{name}: cloud {done + len(batch)} has {cloud.shape[1]} columns, the ones before it have '
+                             f'{columns}')
+        columns = cloud.shape[1]
+        batch.append(cloud)
+        if len(batch) < BATCH and done + len(batch) < total:
+            continue
+        yield from (c[:max_points] for c in batch) if fps_ordered else ordered(batch, max_points, done)
+        done, batch = done + len(batch), []
+        now = time.perf_counter()
+        if now - reported > REPORT_SECONDS:
+            reported = now
+            left = (now - start) / done * (total - done)
+            print_log(f'preparing {name}: {done}/{total} clouds, {left:.0f} s left', 'current')
+
+
+def ordered(clouds: list[np.ndarray], max_points: int, first: int) -> Iterator[np.ndarray]:
+    """The clouds in FPS order, cut; ``first`` is the index of the first of them (it seeds the thinning)."""
+    for i, cloud in enumerate(clouds):
+        if len(cloud) > max(THIN, max_points):
+            rng = np.random.default_rng(first + i)
+            rows = np.sort(rng.choice(len(cloud), max(THIN, max_points), replace=False))
+            clouds[i] = cloud[rows]
+    for cloud, order in zip(clouds, fps_order(clouds, max_points)):
+        yield cloud[order]
+
+
+def fps_order(clouds: list[np.ndarray], num: int) -> list[np.ndarray]:
+    """Row indices of each cloud's first ``num`` points (all where there are fewer) by farthest point sampling from
+    point 0. Points that coincide come last, in their own order; none is repeated."""
+    by_size: dict[int, list[int]] = {}
+    for i, cloud in enumerate(clouds):
+        by_size.setdefault(len(cloud), []).append(i)
+    orders: list = [None] * len(clouds)
+    for size, members in by_size.items():
+        xyz = torch.from_numpy(np.stack([np.array(clouds[i][:, :3], dtype=np.float32) for i in members]))
+        for i, order in zip(members, fps(xyz, min(num, size)).numpy()):
+            orders[i] = without_repeats(order, size)
+    return orders
+
+
+def without_repeats(order: np.ndarray, size: int) -> np.ndarray:
+    """FPS picks a point again when all that are left coincide with picked ones: put those left there instead."""
+    first_seen = np.zeros(len(order), dtype=bool)
+    first_seen[np.unique(order, return_index=True)[1]] = True
+    if first_seen.all():
+        return order
+    kept = order[first_seen]
+    left = np.setdiff1d(np.arange(size), kept)
+    return np.concatenate([kept, left])[:len(order)]

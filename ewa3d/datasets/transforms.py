@@ -1,0 +1,294 @@
+"""Transforms: ``dict`` in, ``dict`` out, in numpy. Sampling and augmentation live here and nowhere else.
+
+A transform takes what :class:`~ewa3d.datasets.base.PointDataset` starts a sample with and returns it changed. It never
+writes into the arrays it is given (they may be a file that is mapped into memory), and it draws from ``results['rng']``
+only. Columns of ``points`` beyond xyz are features; where ``results['normals']`` is true the first three are normals,
+and what turns or stretches the cloud turns them along.
+"""
+from collections.abc import Sequence
+from numbers import Real
+
+import numpy as np
+import torch
+
+from ewa3d.registry import TRANSFORMS
+from ewa3d.structures import Sample
+
+__all__ = ['Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter',
+           'RandomDrop', 'Pack']
+
+AXES = 'xyz'
+PER_POINT = ('points', 'parts')
+
+
+def rng_of(results: dict) -> np.random.Generator:
+    """The sample's generator; a fresh one where a transform is called by hand."""
+    return results.setdefault('rng', np.random.default_rng())
+
+
+def take(results: dict, rows, fps_ordered: bool = False) -> dict:
+    """Keep these rows of everything that has one a point."""
+    for key in PER_POINT:
+        if results.get(key) is not None:
+            results[key] = results[key][rows]
+    results['fps_ordered'] = fps_ordered
+    return results
+
+
+def with_xyz(results: dict, xyz: np.ndarray) -> dict:
+    """Put new coordinates in, in the dtype of the old; features stay."""
+    points = results['points']
+    xyz = xyz.astype(points.dtype, copy=False)
+    results['points'] = xyz if points.shape[1] == 3 else np.concatenate([xyz, points[:, 3:]], axis=1)
+    return results
+
+
+def linear_map(results: dict, matrix: np.ndarray) -> dict:
+    """Apply a rotation to coordinates and normals."""
+    points = results['points']
+    matrix = matrix.astype(points.dtype)
+    points = points.copy()
+    points[:, :3] = points[:, :3] @ matrix.T
+    if results.get('normals'):
+        points[:, 3:6] = points[:, 3:6] @ matrix.T
+    results['points'] = points
+    return results
+
+
+def number(name: str, value, low: float, high: float = np.inf, low_open: bool = False) -> float:
+    """``value`` as a float within its limits, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f'{name} must be a number, got {value!r}')
+    if not (low < value if low_open else low <= value) or not value <= high or not np.isfinite(value):
+        raise ValueError(f'{name} must lie in {"(" if low_open else "["}{low}, {high}], got {value!r}')
+    return float(value)
+
+
+def span(name: str, value, low: float = -np.inf, low_open: bool = False) -> tuple[float, float]:
+    """``(first, last)`` of a range given as a pair, or ``(-v, v)`` of a number."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        value = (-number(name, value, 0), value)
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f'{name} must be a pair (low, high), got {value!r}')
+    first, last = (number(name, v, low, low_open=low_open) for v in value)
+    if first > last:
+        raise ValueError(f'{name} must be a pair (low, high) in this order, got {value!r}')
+    return first, last
+
+
+def count(name: str, value) -> int:
+    """``value`` as an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f'{name} must be an integer, got {value!r}')
+    if value < 1:
+        raise ValueError(f'{name} must be at least 1, got {value}')
+    return int(value)
+
+
+@TRANSFORMS.register_module()
+class Normalize:
+    """Centre a cloud on the mean of its points and divide by the largest distance from there.
+
+    A cloud whose points are all in one place is centred only.
+    """
+
+    def __call__(self, results: dict) -> dict:
+        xyz = results['points'][:, :3]
+        xyz = xyz - xyz.mean(0, dtype=np.float64).astype(xyz.dtype)
+        radius = np.sqrt(np.einsum('ij,ij->i', xyz, xyz).max())
+        if radius > 0:
+            xyz /= radius
+        return with_xyz(results, xyz)
+
+
+@TRANSFORMS.register_module()
+class Resample:
+    """Keep ``num_points`` points.
+
+    * ``method='fps'``: by farthest point sampling. Data sets that store their clouds in that order (``fps_ordered``)
+      make it a slice.
+    * ``method='random'``: at random without repetition, from the first ``pool`` by farthest point sampling where
+      ``pool`` is given. Point-BERT and Point-MAE train with ``num_points=1024, pool=1200`` (2048/2400, 4096/4800).
+      A pool larger than the cloud is the whole cloud.
+
+    Args:
+        pad: what to do with a cloud of fewer than ``num_points``: ``None`` is an error, ``'repeat'`` keeps all of it
+            and adds points of it at random.
+    """
+
+    def __init__(self, num_points: int, method: str = 'fps', pool: int | None = None, pad: str | None = None):
+        self.num_points = count('Resample: num_points', num_points)
+        if method not in ('fps', 'random'):
+            raise ValueError(f"Resample: method must be 'fps' or 'random', got {method!r}")
+        if pad not in (None, 'repeat'):
+            raise ValueError(f"Resample: pad must be None or 'repeat', got {pad!r}")
+        if pool is not None and method == 'fps':
+            raise ValueError("Resample: pool belongs to method='random'")
+        if pool is not None and count('Resample: pool', pool) < num_points:
+            raise ValueError(f'Resample: {num_points} points cannot be drawn from a pool of {pool}')
+        self.method, self.pool, self.pad = method, pool, pad
+
+    def __call__(self, results: dict) -> dict:
+        N = len(results['points'])
+        if self.num_points > N:
+            return self._padded(results, N)
+        if self.method == 'fps':
+            return first_fps(results, self.num_points)
+        if self.pool is not None and self.pool < N:
+            results = first_fps(results, self.pool)
+            N = self.pool
+        return take(results, rng_of(results).permutation(N)[:self.num_points])
+
+    def _padded(self, results: dict, N: int) -> dict:
+        if self.pad is None:
+            raise ValueError(f"num_points={self.num_points} points asked for, the cloud has {N}; pad='repeat' would "
+                             f'repeat points')
+        more = rng_of(results).integers(N, size=self.num_points - N)
+        return take(results, np.concatenate([np.arange(N), more]))
+
+
+def first_fps(results: dict, num: int) -> dict:
+    """The first ``num`` points of the cloud by farthest point sampling from point 0."""
+    points = results['points']
+    if results.get('fps_ordered') or num == len(points):
+        return take(results, slice(num), fps_ordered=bool(results.get('fps_ordered')))
+    from ewa3d.datasets.cache import fps_order
+    return take(results, fps_order([points], num)[0], fps_ordered=True)
+
+
+@TRANSFORMS.register_module()
+class UpAxis:
+    """Turn the cloud by 90 degrees so that ``to`` is its up axis; the data set's metainfo says which one is now."""
+
+    def __init__(self, to: str = 'z'):
+        if to not in tuple(AXES):
+            raise ValueError(f"UpAxis: to must be 'x', 'y' or 'z', got {to!r}")
+        self.to = to
+
+    def __call__(self, results: dict) -> dict:
+        now = up_axis(results)
+        if now == self.to:
+            return results
+        a, b = AXES.index(now), AXES.index(self.to)
+        matrix = np.eye(3)
+        matrix[[a, b]] = 0
+        matrix[b, a], matrix[a, b] = 1, -1
+        results['up_axis'] = self.to
+        return linear_map(results, matrix)
+
+
+def up_axis(results: dict) -> str:
+    """The cloud's up axis; an error where the data set does not say."""
+    if results.get('up_axis') is None:
+        raise ValueError("the data set's metainfo does not say which axis is up: set metainfo=dict(up_axis='z')")
+    return results['up_axis']
+
+
+@TRANSFORMS.register_module()
+class RandomScale:
+    """Multiply the coordinates by a factor drawn from ``scale``, one an axis, or one for all with ``per_axis=False``."""
+
+    def __init__(self, scale: Sequence[float] = (2 / 3, 3 / 2), per_axis: bool = True):
+        self.scale = span('RandomScale: scale', scale, 0, low_open=True)
+        self.per_axis = per_axis
+
+    def __call__(self, results: dict) -> dict:
+        points = results['points']
+        factor = rng_of(results).uniform(*self.scale, size=3 if self.per_axis else 1).astype(points.dtype)
+        results = with_xyz(results, points[:, :3] * factor)
+        if self.per_axis and results.get('normals'):  # a stretched surface's normals shrink where it grew
+            normals = points[:, 3:6] / factor
+            length = np.linalg.norm(normals, axis=1, keepdims=True)
+            results['points'][:, 3:6] = normals / np.maximum(length, 1e-12)
+        return results
+
+
+@TRANSFORMS.register_module()
+class RandomShift:
+    """Move the cloud by a vector with components drawn from ``[-shift, shift]`` (or from a pair)."""
+
+    def __init__(self, shift: float | Sequence[float] = 0.2):
+        self.shift = span('RandomShift: shift', shift)
+
+    def __call__(self, results: dict) -> dict:
+        points = results['points']
+        offset = rng_of(results).uniform(*self.shift, size=3).astype(points.dtype)
+        return with_xyz(results, points[:, :3] + offset)
+
+
+@TRANSFORMS.register_module()
+class RandomRotate:
+    """Turn the cloud about an axis by an angle drawn from ``[-degrees, degrees]`` (or from a pair).
+
+    Args:
+        axis: ``'x'``, ``'y'``, ``'z'``, or ``'up'`` for the data set's up axis.
+    """
+
+    def __init__(self, axis: str = 'up', degrees: float | Sequence[float] = 180):
+        if axis not in ('up', *AXES):
+            raise ValueError(f"RandomRotate: axis must be 'up', 'x', 'y' or 'z', got {axis!r}")
+        self.axis = axis
+        self.degrees = span('RandomRotate: degrees', degrees)
+
+    def __call__(self, results: dict) -> dict:
+        axis = AXES.index(up_axis(results) if self.axis == 'up' else self.axis)
+        angle = np.deg2rad(rng_of(results).uniform(*self.degrees))
+        return linear_map(results, rotation(axis, angle))
+
+
+def rotation(axis: int, angle: float) -> np.ndarray:
+    """The matrix that turns counter-clockwise about coordinate axis 0, 1 or 2."""
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    matrix = np.eye(3)
+    matrix[i, i] = matrix[j, j] = np.cos(angle)
+    matrix[j, i] = np.sin(angle)
+    matrix[i, j] = -matrix[j, i]
+    return matrix
+
+
+@TRANSFORMS.register_module()
+class RandomJitter:
+    """Add normal noise of standard deviation ``sigma`` to every coordinate, clipped to ``[-clip, clip]``."""
+
+    def __init__(self, sigma: float = 0.01, clip: float = 0.05):
+        self.sigma = number('RandomJitter: sigma', sigma, 0)
+        self.clip = number('RandomJitter: clip', clip, 0, low_open=True)
+
+    def __call__(self, results: dict) -> dict:
+        points = results['points']
+        noise = rng_of(results).standard_normal((len(points), 3), dtype=np.float32)
+        noise *= self.sigma
+        return with_xyz(results, points[:, :3] + np.clip(noise, -self.clip, self.clip, out=noise))
+
+
+@TRANSFORMS.register_module()
+class RandomDrop:
+    """Replace a random share of the points, up to ``max_ratio``, by the first one: PointNet++'s input dropout.
+
+    The number of points stays, so that clouds still stack.
+    """
+
+    def __init__(self, max_ratio: float = 0.5):
+        self.max_ratio = number('RandomDrop: max_ratio', max_ratio, 0, 1)
+
+    def __call__(self, results: dict) -> dict:
+        rng, N = rng_of(results), len(results['points'])
+        dropped = rng.random(N, dtype=np.float32) < rng.random() * self.max_ratio
+        return take(results, np.where(dropped, 0, np.arange(N)))
+
+
+@TRANSFORMS.register_module()
+class Pack:
+    """End a pipeline: ``{'inputs': {'points': (N, 3+F) float32}, 'data_samples': Sample(gt_label, gt_parts)}``.
+
+    The sample's metainfo holds its ``name`` and ``index``.
+    """
+
+    def __call__(self, results: dict) -> dict:
+        sample = Sample(metainfo={key: results[key] for key in ('name', 'index') if key in results})
+        if results.get('label') is not None:
+            sample.gt_label = torch.tensor(int(results['label']))
+        if results.get('parts') is not None:
+            sample.gt_parts = torch.from_numpy(np.array(results['parts'], dtype=np.int64))
+        points = torch.from_numpy(np.array(results['points'], dtype=np.float32, order='C'))
+        return {'inputs': {'points': points}, 'data_samples': sample}
