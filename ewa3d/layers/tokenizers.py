@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa3d.layers.block import init_vit
-from ewa3d.ops import fps, gather, neighbours
+from ewa3d.ops import fps, gather, neighbours, patch_max
 from ewa3d.registry import MODELS
 from ewa3d.structures import Tokens
 
@@ -37,12 +37,12 @@ class PatchEncoder(nn.Module):
         x = self._stage_two_input(x, K)
         for layer in list(self.second_conv)[1:]:
             x = layer(x)
-        return x.view(P, K, -1).amax(1)
+        return patch_max(x.view(P, K, -1))
 
     def _stage_two_input(self, x: Tensor, K: int) -> Tensor:
         linear = self.second_conv[0]
         of_maximum, of_point = linear.weight.chunk(2, 1)
-        shared = F.linear(x.view(-1, K, x.shape[1]).amax(1), of_maximum, linear.bias)  # (P, outer)
+        shared = F.linear(patch_max(x.view(-1, K, x.shape[1])), of_maximum, linear.bias)  # (P, outer)
         x = F.linear(x, of_point).view(-1, K, shared.shape[1]) + shared.unsqueeze(1)
         return x.flatten(0, 1)  # (P K, outer)
 
