@@ -1,8 +1,18 @@
 """Data sets and transforms; importing this package registers them."""
 from ewa3d.datasets.base import PointDataset
 from ewa3d.datasets.modelnet import ModelNet
-from ewa3d.datasets.transforms import (Normalize, Pack, RandomDrop, RandomJitter, RandomRotate, RandomScale,
-                                       RandomShift, Resample, UpAxis)
+from ewa3d.datasets.shapes import SyntheticShapes
+from ewa3d.datasets.transforms import (
+    Normalize,
+    Pack,
+    RandomDrop,
+    RandomJitter,
+    RandomRotate,
+    RandomScale,
+    RandomShift,
+    Resample,
+    UpAxis,
+)
 
-__all__ = ['PointDataset', 'ModelNet', 'Normalize', 'Resample', 'UpAxis',
+__all__ = ['PointDataset', 'ModelNet', 'SyntheticShapes', 'Normalize', 'Resample', 'UpAxis',
            'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack']

@@ -2,6 +2,7 @@
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from ewa3d.registry import DATASETS, TRANSFORMS, nearest
 __all__ = ['PointDataset', 'require_folder']
 
 AXES = ('x', 'y', 'z')
-KEPT_ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError)
+KEPT_ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError, ImportError)
 
 
 def require_folder(folder: str | Path, what: str) -> Path:
@@ -56,7 +57,7 @@ class PointDataset(Dataset):
         ValueError, TypeError, KeyError, FileNotFoundError: naming the sample, file or key and what was expected.
     """
 
-    METAINFO: dict = {}
+    METAINFO: ClassVar[dict] = {}
     SPLITS: tuple | None = None
 
     def __init__(self, data_root: str | Path | None = None, split: str | None = 'train', pipeline: Iterable = (),
@@ -84,15 +85,15 @@ class PointDataset(Dataset):
         return {}
 
     def load_data_list(self) -> list[dict]:
-        """One dict a sample: ``points`` (an array) or ``path`` (a file), ``label``, and optionally ``name``, ``parts``."""
+        """One dict a sample: ``points`` (an array) or ``path`` (a file), ``label``, optionally ``name``, ``parts``."""
         raise NotImplementedError(f'{type(self).__name__} must define load_data_list()')
 
-    def load_points(self, entry: dict) -> np.ndarray:
-        """The cloud ``(N, 3+F)`` of an entry of the data list."""
+    def load_cloud(self, entry: dict) -> dict:
+        """What an entry of the data list stands for: ``points`` ``(N, 3+F)``, and ``parts`` ``(N,)``."""
         if 'points' in entry:
-            return entry['points']
+            return {}
         if 'path' in entry:
-            return read_cloud(entry['path']).points
+            return dict(points=read_cloud(entry['path']).points)
         raise KeyError(f"an entry of the data list needs 'points' or 'path', got {sorted(entry)}")
 
     # ---- what everybody uses ----------------------------------------------------------------------------------------
@@ -160,14 +161,16 @@ class PointDataset(Dataset):
     def _start(self, index: int) -> dict:
         entry = self._data_list[index]
         name = self._name(index)
-        results = {key: value for key, value in entry.items() if key != 'path'}
         try:
-            points = as_cloud(self.load_points(entry), name).view()
+            results = {**entry, **self.load_cloud(entry)}
+            points = as_cloud(results['points'], name).view()
         except KEPT_ERRORS as error:
             raise self._located(error, index) from error
         normals = bool(self._metainfo.get('normals'))
         if normals and points.shape[1] < 6:
             raise ValueError(f'{name}: normals need 6 columns, the cloud has {points.shape[1]}')
+        if results.get('parts') is not None and len(results['parts']) != len(points):
+            raise ValueError(f'{name}: {len(results["parts"])} part labels for {len(points)} points')
         points.flags.writeable = False  # a transform that writes in place would change the data for good
         results.update(points=points, name=name, index=index, up_axis=self._metainfo.get('up_axis'),
                        normals=normals, rng=np.random.default_rng((self.seed, self.epoch, index)))

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ['Cloud', 'Mesh', 'EXTENSIONS', 'read_cloud', 'read_off', 'sample_mesh', 'as_cloud', 'read_h5', 'import_open3d']
+__all__ = ['Cloud', 'Mesh', 'EXTENSIONS', 'read_cloud', 'read_off', 'sample_mesh', 'as_cloud', 'read_h5',
+           'import_open3d']
 
 MESH_POINTS = 10_000  # points drawn from a mesh, as many as modelnet40_normal_resampled has
 FAR = 1000.0  # a cloud further from the origin than so many of its extents is moved there before float32 rounds it
@@ -289,7 +290,8 @@ def import_open3d(path: str | Path = ''):
         import open3d
     except (ImportError, OSError) as error:
         what = f'{path}: reading {Path(path).suffix} files' if path else 'this'
-        raise ImportError(f"{what} needs open3d, which cannot be imported ({error}): pip install 'ewa3d[3d]'") from error
+        raise ImportError(f"{what} needs open3d, which cannot be imported ({error}): "
+                          "pip install 'ewa3d[3d]'") from error
     return open3d
 
 

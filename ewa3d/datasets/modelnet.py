@@ -85,8 +85,8 @@ class ModelNet(PointDataset):
             raise ValueError(f'{self._what}: {len(items)} shapes are listed, {len(self._clouds)} were read')
         return [dict(name=name, label=label, row=row, fps_ordered=True) for row, (name, label) in enumerate(items)]
 
-    def load_points(self, entry: dict) -> np.ndarray:
-        return self._clouds[entry['row']]
+    def load_cloud(self, entry: dict) -> dict:
+        return dict(points=self._clouds[entry['row']])
 
     # ---- the layouts: the items (name, label), the files they come from, a function that yields their clouds --------
     def _list_txt(self):

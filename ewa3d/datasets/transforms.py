@@ -30,7 +30,8 @@ def take(results: dict, rows, fps_ordered: bool = False) -> dict:
     """Keep these rows of everything that has one a point."""
     for key in PER_POINT:
         if results.get(key) is not None:
-            results[key] = results[key][rows]
+            array = results[key]
+            results[key] = array[rows] if isinstance(rows, slice) else array.take(rows, axis=0)  # faster than []
     results['fps_ordered'] = fps_ordered
     return results
 
@@ -94,7 +95,8 @@ class Normalize:
 
     def __call__(self, results: dict) -> dict:
         xyz = results['points'][:, :3]
-        xyz = xyz - xyz.mean(0, dtype=np.float64).astype(xyz.dtype)
+        xyz = xyz - xyz[0]  # near the origin a sum in single precision is exact enough
+        xyz -= np.full(len(xyz), 1 / len(xyz), xyz.dtype) @ xyz  # the mean; several times faster than mean(0)
         radius = np.sqrt(np.einsum('ij,ij->i', xyz, xyz).max())
         if radius > 0:
             xyz /= radius
@@ -186,7 +188,7 @@ def up_axis(results: dict) -> str:
 
 @TRANSFORMS.register_module()
 class RandomScale:
-    """Multiply the coordinates by a factor drawn from ``scale``, one an axis, or one for all with ``per_axis=False``."""
+    """Multiply the coordinates by a factor drawn from ``scale``: one an axis, or one for all (``per_axis=False``)."""
 
     def __init__(self, scale: Sequence[float] = (2 / 3, 3 / 2), per_axis: bool = True):
         self.scale = span('RandomScale: scale', scale, 0, low_open=True)
