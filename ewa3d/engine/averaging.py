@@ -1,0 +1,227 @@
+"""The EWA update: after each optimizer step the experts move towards their mean (arXiv 2308.06093; closed form below).
+
+With share rate β, W_i ← (1 − β)·W_i + β/(E−1)·Σ_{j≠i} W_j. With the mean W̄ and c = 1 − β·E/(E−1) this is
+W_i ← W̄ + c·(W_i − W̄), for all experts at once: one ``lerp_`` towards the mean, which itself never moves.
+"""
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ewa3d.engine.schedules import ShareRate, check_count
+from ewa3d.layers.experts import StackedExperts, iter_experts
+
+__all__ = ['ExpertAveraging', 'attach_ewa', 'average_', 'largest_share_rate']
+
+_attached: 'weakref.WeakKeyDictionary[Optimizer, list]' = weakref.WeakKeyDictionary()
+
+
+def largest_share_rate(num_experts: int) -> float:
+    """β at which all experts become their mean, (E − 1)/E; more would over-shoot it."""
+    return (num_experts - 1) / num_experts
+
+
+@torch.no_grad()
+def average_(experts: Tensor | nn.Module | Iterable, share_rate: float) -> None:
+    """One EWA update, in place.
+
+    Args:
+        experts: a tensor with a leading expert dimension, a module (all stacked experts in it), or several of them.
+        share_rate: β, the share that an expert takes over from the others, in ``[0, (E - 1) / E]``.
+
+    Raises:
+        ValueError: β is out of range for a tensor's number of experts. All are checked before any is changed.
+    """
+    tensors = list(_tensors(experts))
+    for tensor in tensors:
+        check_share_rate(share_rate, len(tensor))
+    for tensor in tensors:
+        _average(tensor, share_rate)
+
+
+def check_share_rate(share_rate: float, num_experts: int) -> None:
+    """Raise where ``share_rate`` is not a number in ``[0, (E - 1) / E]``."""
+    if isinstance(share_rate, bool) or not isinstance(share_rate, (int, float)):
+        raise TypeError(f'share_rate is a number, got {share_rate!r}')
+    if num_experts < 2:
+        raise ValueError(f'averaging needs at least 2 experts in the leading dimension, got {num_experts}')
+    limit = largest_share_rate(num_experts)
+    if not 0 <= share_rate <= limit + 1e-12:  # room for the rounding of (E - 1) / E
+        raise ValueError(f'share rate {share_rate!r} is outside [0, (E - 1) / E] = [0, {limit:.6g}] for '
+                         f'{num_experts} experts; more than full averaging over-shoots the mean')
+
+
+def _average(stacked: Tensor, share_rate: float) -> None:
+    local = _local(stacked)
+    weight = min(share_rate / largest_share_rate(len(local)), 1.)  # 1 - c
+    if weight == 0:
+        return
+    if local.dtype in (torch.float16, torch.bfloat16):
+        wide = local.float()
+        local.copy_(wide.lerp_(wide.mean(0, keepdim=True), weight))
+    else:
+        local.lerp_(local.mean(0, keepdim=True), weight)
+
+
+def _tensors(experts) -> Iterable[Tensor]:
+    if isinstance(experts, Tensor):
+        yield experts
+    elif isinstance(experts, StackedExperts):
+        yield from experts.expert_parameters()
+    elif isinstance(experts, nn.Module):
+        for _, module in iter_experts(experts):
+            yield from module.expert_parameters()
+    else:
+        for item in experts:
+            yield from _tensors(item)
+
+
+def attach_ewa(optimizer: Optimizer, model: nn.Module, share_rate: float = 0.3,
+               schedule: str | Callable[[float], float] = 'linear', total_steps: int | None = None,
+               start_step: int = 0, begin: float = 0., end: float = 1., every: int = 1,
+               average_moments: bool = False) -> 'ExpertAveraging':
+    """Average the experts of ``model`` after every real step of ``optimizer`` (not after one skipped for overflow).
+
+    For a training loop of one's own, with or without DDP or ``torch.compile`` around the model::
+
+        ewa3d.expand(model, [dict(type='EWAFFN', at='blocks.*.mlp', every=2)])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        handle = ewa3d.attach_ewa(optimizer, model, share_rate=0.3, schedule='linear', total_steps=epochs * len(loader))
+
+    Args:
+        optimizer: holds the experts' parameters (frozen ones may be missing).
+        model: has experts, by :func:`ewa3d.expand`.
+        share_rate: the largest β, in ``[0, (E - 1) / E]``.
+        schedule: ``'constant'``, ``'linear'`` (0 to β), ``'cosine'`` or a function of progress that gives a factor.
+        total_steps: optimizer steps of the whole training, not micro-batches.
+        start_step: steps already done, on resume.
+        begin, end: fractions of the run between which experts are averaged; the schedule runs over this window.
+        every: average after every k-th step.
+        average_moments: treat the optimizer's moments (any state of a parameter's shape) alike.
+
+    Returns:
+        A handle with ``rate``, ``step`` and ``remove()``; also a context manager that removes itself.
+
+    Raises:
+        ValueError: the model has no experts, the optimizer lacks some of them or shards them, the experts are already
+            averaged by another handle, or a number is out of range.
+        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, or a count no integer.
+    """
+    return ExpertAveraging(optimizer, model, ShareRate(share_rate, schedule, total_steps, begin, end), start_step, every,
+                           average_moments)
+
+
+class ExpertAveraging:
+    """What :func:`attach_ewa` returns: averages after each optimizer step until :meth:`remove`.
+
+    Attributes:
+        step: optimizer steps done so far, the number of the next one; may be set. All else follows from it.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, share_rate: ShareRate, start_step: int = 0,
+                 every: int = 1, average_moments: bool = False):
+        _check_optimizer(optimizer)
+        self._parameters = _expert_parameters(model)
+        check_share_rate(share_rate.share_rate, min(map(len, self._parameters.values())))
+        _check_held(optimizer, self._parameters)
+        self.step = start_step
+        self._share_rate = share_rate
+        self._every = check_count('every', every, 1)
+        self._average_moments = average_moments
+        self._optimizer = optimizer
+        _attached.setdefault(optimizer, []).append(self)
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._step = check_count('step', value, 0)
+
+    @property
+    def rate(self) -> float:
+        """β of the next optimizer step; 0 outside ``begin`` to ``end``."""
+        return self._share_rate(self.step)
+
+    def remove(self) -> None:
+        """Average no more. Calling it again does nothing."""
+        self._hook.remove()
+        attached = _attached.get(self._optimizer, [])
+        if self in attached:
+            attached.remove(self)
+
+    def __enter__(self) -> 'ExpertAveraging':
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.remove()
+
+    def _after_step(self, optimizer: Optimizer, args, kwargs) -> None:
+        found_inf = getattr(optimizer, 'found_inf', None)  # a fused optimizer is called on overflow and does nothing
+        if found_inf is not None and float(found_inf):
+            return
+        rate, number = self.rate, self.step + 1
+        self.step = number
+        if rate == 0 or number % self._every:
+            return
+        live = [p for p in self._parameters.values() if p.requires_grad]
+        average_(live, rate)
+        if self._average_moments:
+            average_([s for p in live for s in optimizer.state.get(p, {}).values()
+                      if isinstance(s, Tensor) and s.shape == p.shape], rate)
+
+
+def _expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The experts' parameters by full name, checked to be whole along the expert dimension."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for module_name, module in iter_experts(model):
+        for parameter in module.expert_parameters():
+            name = names[id(parameter)]
+            if _sharded(parameter) or parameter.ndim == 0 or len(parameter) != module.num_experts:
+                raise ValueError(f'{name} is sharded along its expert dimension (shape {tuple(parameter.shape)}, '
+                                 f'{module.num_experts} experts in {module_name!r}): its mean is not on this rank. '
+                                 f'Shard another dimension or leave the experts out of FSDP and ZeRO')
+            found[name] = parameter
+    if not found:
+        raise ValueError(f'{type(model).__name__} has no experts: call ewa3d.expand(model, rules) first')
+    return found
+
+
+def _sharded(parameter: Tensor) -> bool:
+    """Along dimension 0, as a DTensor."""
+    for placement in getattr(parameter, 'placements', ()):
+        if getattr(placement, 'dim', None) == 0 or placement.is_partial():
+            return True
+    return False
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor on this rank, which is whole along dimension 0; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
+def _check_optimizer(optimizer) -> None:
+    if not isinstance(optimizer, Optimizer):
+        hint = '; pass its .optimizer' if isinstance(getattr(optimizer, 'optimizer', None), Optimizer) else ''
+        raise TypeError(f'expected a torch.optim.Optimizer, got {type(optimizer).__name__}{hint}')
+    if any(cls.__name__ == 'ZeroRedundancyOptimizer' for cls in type(optimizer).__mro__):
+        raise ValueError('ZeroRedundancyOptimizer steps each parameter on one rank only; EWA needs every rank to hold '
+                         'and step all experts')
+
+
+def _check_held(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group['params']}
+    missing = [name for name, p in parameters.items() if p.requires_grad and id(p) not in held]
+    if missing:
+        shown = ', '.join(missing[:6]) + (f' and {len(missing) - 6} more' if len(missing) > 6 else '')
+        raise ValueError(f'the optimizer does not hold the experts {shown}; create it after ewa3d.expand()')
+    own = {id(p) for p in parameters.values()}
+    for other in _attached.get(optimizer, []):
+        if own & {id(p) for p in other._parameters.values()}:
+            raise ValueError('these experts are already averaged after the steps of this optimizer; remove() that '
+                             'handle first')

@@ -1,0 +1,130 @@
+"""Parameter groups: no weight decay by *name*, and a learning rate of their own for stacked experts.
+
+Rules by ``param.ndim == 1`` alone would decay the experts' biases and norms, which have a leading expert dimension.
+"""
+import copy
+import re
+from collections.abc import Iterable
+
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from ewa3d.layers.experts import iter_experts
+from ewa3d.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, nearest
+
+__all__ = ['NO_DECAY', 'ParamGroups', 'param_groups']
+
+NO_DECAY = ('bias', 'norm', 'token')
+"""The names that Point-MAE leaves without decay (besides everything one-dimensional); its ``cls_pos`` decays."""
+
+_NORMS = tuple(getattr(nn, name) for name in ('LayerNorm', 'GroupNorm', 'RMSNorm', 'LocalResponseNorm')
+               if hasattr(nn, name)) + (nn.modules.batchnorm._NormBase,)
+
+
+def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float | None = None,
+                 no_decay: Iterable[str] = NO_DECAY, expert_lr_mult: float = 1.) -> list[dict]:
+    """Groups for an optimizer, in a fixed order: ``decay``, ``no_decay``, ``experts.decay``, ``experts.no_decay``.
+
+    Not decayed are: parameters that are one-dimensional in the plain model, so that a stacked bias is as safe as a
+    plain one; parameters of normalisation layers whatever they are called; names that ``no_decay`` covers. Frozen
+    parameters are left out, tied ones come once, empty groups not at all.
+
+    Args:
+        lr: of the plain parameters; the experts' is ``lr * expert_lr_mult``. ``None`` leaves it to the optimizer.
+        weight_decay: of the decayed groups; ``None`` leaves it to the optimizer.
+        no_decay: whole words of a parameter's dotted name: ``'token'`` covers ``cls_token`` and not ``tokenizer``,
+            ``'norm'`` covers ``norm1`` and ``layer_norm``; ``'blocks.0'`` and ``*`` (within one part) work as well.
+        expert_lr_mult: between 1 and √E makes up for what averaging takes from the steps of Adam-like optimizers.
+
+    Returns:
+        Dicts with ``params``, ``name``, ``weight_decay`` (0 where not decayed) and ``lr``.
+
+    Raises:
+        ValueError: ``expert_lr_mult`` is not above 0, or needs an ``lr``; a name that matches no parameter and is not
+            one of the defaults; nothing to train.
+        TypeError: ``no_decay`` is one string.
+    """
+    if isinstance(expert_lr_mult, bool) or not isinstance(expert_lr_mult, (int, float)) \
+            or not 0 < expert_lr_mult < float('inf'):
+        raise ValueError(f'expert_lr_mult must be a number above 0, got {expert_lr_mult!r}')
+    if isinstance(no_decay, str):
+        raise TypeError(f'no_decay is a list of names, got the string {no_decay!r}')
+    experts = {id(p) for _, module in iter_experts(model) for p in module.expert_parameters()}
+    if lr is None and experts and expert_lr_mult != 1:
+        raise ValueError('expert_lr_mult needs a learning rate to multiply: give lr')
+    covered = _covered([name for name, _ in model.named_parameters()], tuple(no_decay))
+    groups = {name: [] for name in ('decay', 'no_decay', 'experts.decay', 'experts.no_decay')}
+    norms = {id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
+    for name, parameter in model.named_parameters():  # each once, under its first name
+        if parameter.requires_grad:
+            is_expert = id(parameter) in experts
+            flat = parameter.ndim - is_expert <= 1
+            spared = flat or id(parameter) in norms or name in covered
+            groups[('experts.' if is_expert else '') + ('no_decay' if spared else 'decay')].append(parameter)
+    if not any(groups.values()):
+        raise ValueError(f'{type(model).__name__} has no parameter that requires a gradient')
+    return [_group(name, parameters, lr, weight_decay, expert_lr_mult) for name, parameters in groups.items()
+            if parameters]
+
+
+def _group(name: str, parameters: list, lr: float | None, weight_decay: float | None, expert_lr_mult: float) -> dict:
+    group = dict(params=parameters, name=name)
+    if lr is not None:
+        group['lr'] = lr * expert_lr_mult if name.startswith('experts') else lr
+    if name.endswith('no_decay'):
+        group['weight_decay'] = 0.
+    elif weight_decay is not None:
+        group['weight_decay'] = weight_decay
+    return group
+
+
+def _covered(names: list[str], patterns: tuple[str, ...]) -> set[str]:
+    """The names in which a pattern stands as whole words; words end at dots, underscores and digits."""
+    covered = set()
+    for pattern in patterns:
+        words = re.compile(rf'(^|[._]){re.escape(pattern)}\d*($|[._])'.replace(r'\*', '[^.]*'))
+        hits = {name for name in names if words.search(name)}
+        if not hits and pattern not in NO_DECAY:
+            parts = {part for name in names for part in name.split('.')}
+            raise ValueError(f'no_decay name {pattern!r} matches no parameter; {nearest(pattern, parts)}')
+        covered |= hits
+    return covered
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or any('norm' in cls.__name__.lower() for cls in type(module).__mro__[:-2])
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class ParamGroups:
+    """:func:`param_groups` for mmengine: ``optim_wrapper=dict(..., constructor='ParamGroups', paramwise_cfg=dict(...))``.
+
+    Schedulers scale each group's own initial learning rate, so the experts' multiplier lasts.
+
+    Args:
+        optim_wrapper_cfg: config of the optimizer wrapper, with ``optimizer``.
+        paramwise_cfg: ``no_decay`` and ``expert_lr_mult`` of :func:`param_groups`.
+
+    Raises:
+        TypeError: an unknown key of ``paramwise_cfg``, or no ``optimizer``.
+    """
+    KEYS = ('no_decay', 'expert_lr_mult')
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
+        if not isinstance(optim_wrapper_cfg, dict) or 'optimizer' not in optim_wrapper_cfg:
+            raise TypeError(f'optim_wrapper is a dict with an optimizer, got {optim_wrapper_cfg!r}')
+        for key in paramwise_cfg or {}:
+            if key not in self.KEYS:
+                raise TypeError(f'paramwise_cfg takes no {key!r}; {nearest(key, self.KEYS)}')
+        self.optim_wrapper_cfg = copy.deepcopy(optim_wrapper_cfg)
+        self.paramwise_cfg = dict(paramwise_cfg or {})
+
+    def __call__(self, model: nn.Module):
+        """The optimizer wrapper for ``model``."""
+        wrapper = copy.deepcopy(self.optim_wrapper_cfg)
+        wrapper.setdefault('type', 'OptimWrapper')
+        optimizer = wrapper.pop('optimizer')
+        model = model.module if is_model_wrapper(model) else model
+        groups = param_groups(model, optimizer.get('lr'), optimizer.get('weight_decay'), **self.paramwise_cfg)
+        return OPTIM_WRAPPERS.build(wrapper, default_args=dict(optimizer=OPTIMIZERS.build(dict(optimizer,
+                                                                                               params=groups))))
