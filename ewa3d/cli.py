@@ -1,5 +1,6 @@
 """The commands ``train``, ``test`` and ``fuse``. ``tools/*.py`` and the console script ``ewa3d`` call :func:`main`."""
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -122,10 +123,8 @@ def train(args) -> int:
     from ewa3d.engine.validate import check_config, fill_num_classes
     if args.print_config:
         check_config(cfg)
-        try:
+        with contextlib.suppress(FileNotFoundError):  # a config can be read where its data are not
             fill_num_classes(cfg)
-        except FileNotFoundError:
-            pass  # a config can be read where its data are not
         sys.stdout.write(cfg.pretty_text)
         return 0
     try:
@@ -179,7 +178,7 @@ def test(args) -> int:
     cfg = _prepare(args)
     from mmengine.dist import is_main_process
 
-    from ewa3d.engine.checkpoint import atomic_write, load_model_state, read_checkpoint, select_weights
+    from ewa3d.engine.checkpoint import atomic_write, load_any, read_checkpoint, select_weights
     from ewa3d.engine.hooks import unwrapped
     from ewa3d.engine.runner import Runner
     from ewa3d.engine.validate import check_config
@@ -197,7 +196,7 @@ def test(args) -> int:
     try:
         runner = Runner.from_cfg(cfg)
         _check_classes(meta, runner, args.checkpoint)
-        load_model_state(unwrapped(runner.model), weights, args.checkpoint)
+        load_any(unwrapped(runner.model), checkpoint, weights, args.checkpoint)
         runner.logger.info(f'{args.checkpoint}: {kind} weights')
         metrics = runner.test()
         data = runner.test_dataloader.dataset

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ['FORMAT_VERSION', 'read_checkpoint', 'write_checkpoint', 'select_weights', 'load_model_state',
+__all__ = ['FORMAT_VERSION', 'read_checkpoint', 'write_checkpoint', 'select_weights', 'load_model_state', 'load_any',
            'find_last_checkpoint', 'to_plain', 'atomic_write', 'trusted_part']
 
 FORMAT_VERSION = 1
@@ -357,6 +357,18 @@ def load_model_state(model: nn.Module, state_dict: Mapping, name: str = 'checkpo
     if shapes:
         lines.append(f'{len(shapes)} of another shape ({_some([f"{key}: {what}" for key, what in shapes])})')
     raise ValueError('; '.join(lines) + '. ' + _likely_cause(state, backup, shapes, matched))
+
+
+def load_any(model: nn.Module, checkpoint: Mapping, state_dict: Mapping, name: str = 'checkpoint') -> None:
+    """Load all of a model's weights: ours strictly, a known project's after renaming (see ``models/weights.py``)."""
+    if 'format_version' in checkpoint:
+        load_model_state(model, state_dict, name)
+    else:
+        from ewa3d.models.weights import load_plain
+        try:
+            load_plain(model, checkpoint)
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}') from None
 
 
 def _some(items: list, n: int = 3) -> str:

@@ -56,7 +56,7 @@ class EWAHook(Hook):
                  average_moments: bool = False):
         self.settings = dict(share_rate=share_rate, schedule=schedule, begin=begin, end=end, every=every,
                              average_moments=average_moments)
-        self.handle = None
+        self.handle, self.rate = None, 0.0
 
     def before_train(self, runner) -> None:
         accumulate = _accumulation(runner)
@@ -66,9 +66,10 @@ class EWAHook(Hook):
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         self.handle.step = runner.iter // _accumulation(runner)
+        self.rate = self.handle.rate  # of the step that this iteration belongs to
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        runner.message_hub.update_scalar('train/share_rate', float(self.handle.rate))
+        runner.message_hub.update_scalar('train/share_rate', float(self.rate))
 
     def after_train(self, runner) -> None:
         self.handle.remove()

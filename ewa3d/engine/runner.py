@@ -27,7 +27,7 @@ import ewa3d
 from ewa3d.engine.checkpoint import (
     atomic_write,
     find_last_checkpoint,
-    load_model_state,
+    load_any,
     read_checkpoint,
     to_plain,
     write_checkpoint,
@@ -237,10 +237,13 @@ class Runner(_Runner):
 
     def train(self) -> nn.Module:
         self.logger.info(f'selection: {self.selection[1]}')
-        model = super().train()
-        if self._val_loop is None and self._test_loop is not None:
-            self._test_loop = self.build_test_loop(self._test_loop)
-            self.last_metrics = self.test_loop.run()
+        try:
+            model = super().train()
+            if self._val_loop is None and self._test_loop is not None:
+                self._test_loop = self.build_test_loop(self._test_loop)
+                self.last_metrics = self.test_loop.run()
+        finally:
+            self._release_workers()
         if self.selection[0] == 'best':
             self.logger.info(f'reported: {self.message_hub.get_info("best_ckpt")}, '
                              f'score {self.message_hub.get_info("best_score"):.2f}')
@@ -248,6 +251,18 @@ class Runner(_Runner):
             result = '  '.join(f'{k} {v:.2f}' for k, v in self.last_metrics.items() if 'acc/' not in k)
             self.logger.info(f'reported: last epoch ({self.epoch}): {result}')
         return model
+
+    def test(self) -> dict:
+        try:
+            return super().test()
+        finally:
+            self._release_workers()
+
+    def _release_workers(self) -> None:
+        """End persistent data workers now; left to the garbage collector, they can stall what follows for 30 s."""
+        for loop in (self._train_loop, self._val_loop, self._test_loop):
+            if isinstance(getattr(loop, 'dataloader', None), DataLoader):
+                loop.dataloader._iterator = None
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
     def load_or_resume(self) -> None:
@@ -279,9 +294,9 @@ class Runner(_Runner):
     def load_checkpoint(self, filename, map_location='cpu', strict: bool = True, revise_keys=()) -> dict:
         """Read a checkpoint safely and load its weights strictly."""
         checkpoint = read_checkpoint(filename, map_location)
-        checkpoint.setdefault('state_dict', {k: v for k, v in checkpoint.items() if torch.is_tensor(v)})
-        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-        load_model_state(unwrapped(self.model), checkpoint['state_dict'], str(filename))
+        if 'format_version' in checkpoint:
+            self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        load_any(unwrapped(self.model), checkpoint, checkpoint.get('state_dict', {}), str(filename))
         self._has_loaded = True
         self.logger.info(f'loaded {filename}')
         return checkpoint
