@@ -1,0 +1,258 @@
+"""Checkpoints: round trip, atomic writing, damage, hostile files, loading errors."""
+import argparse
+import json
+import os
+import pickle
+import zipfile
+from collections import Counter, OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ewa3d.engine import checkpoint as C
+from ewa3d.engine.checkpoint import (
+    FORMAT_VERSION,
+    find_last_checkpoint,
+    load_model_state,
+    read_checkpoint,
+    select_weights,
+    to_plain,
+    trusted_part,
+    write_checkpoint,
+)
+
+STATE = {'a.weight': torch.arange(6.0).view(2, 3), 'b': torch.tensor(3), 'c': torch.randn(4).bfloat16(),
+         'd': torch.zeros(0, 2), 'e': torch.tensor([True, False])}
+
+
+def write(tmp_path, name='x.pth', **parts):
+    meta = dict(epoch=3, cfg=dict(model=dict(type='M', sizes=(1, 2))))
+    return write_checkpoint(tmp_path / name, STATE, meta, **parts)
+
+
+def test_round_trip(tmp_path):
+    optimizer = dict(state={0: dict(step=torch.tensor(2.0), m=torch.randn(3))}, param_groups=[dict(lr=0.1, params=[0])])
+    path = write(tmp_path, optimizer=optimizer, rng=[dict(python=[3, [1], None])], odd=(1, 'x', None, Counter('aab')))
+    back = read_checkpoint(path)
+    assert back['format_version'] == FORMAT_VERSION and len(back['checksum']) == 64
+    assert back['meta'] == dict(epoch=3, cfg=dict(model=dict(type='M', sizes=[1, 2])))
+    for key, value in STATE.items():
+        assert back['state_dict'][key].dtype == value.dtype and torch.equal(back['state_dict'][key], value)
+    assert torch.equal(back['optimizer']['state'][0]['m'], optimizer['state'][0]['m'])
+    assert back['odd'] == (1, 'x', None, Counter('aab'))
+
+
+def test_safetensors_round_trip(tmp_path):
+    tied = torch.randn(3)
+    path = write_checkpoint(tmp_path / 'x.safetensors', dict(STATE, one=tied, two=tied), dict(epoch=3))
+    back = read_checkpoint(path)
+    assert back['meta'] == dict(epoch=3) and torch.equal(back['state_dict']['two'], tied)
+    assert torch.equal(back['state_dict']['c'], STATE['c'])
+    with pytest.raises(ValueError, match='weights only, not optimizer'):
+        write_checkpoint(tmp_path / 'y.safetensors', STATE, optimizer={})
+
+
+def test_a_view_does_not_drag_its_storage_along(tmp_path):
+    big = torch.zeros(1000, 1000)
+    path = write_checkpoint(tmp_path / 'x.pth', dict(a=big[0]))
+    assert path.stat().st_size < 50_000 and torch.equal(read_checkpoint(path)['state_dict']['a'], big[0])
+
+
+def test_writing_is_atomic(tmp_path, monkeypatch):
+    path = write(tmp_path)
+    before = path.read_bytes()
+
+    def failing(obj, file):
+        file.write(b'half')
+        raise OSError('disk full')
+
+    monkeypatch.setattr(torch, 'save', failing)
+    with pytest.raises(OSError, match='disk full'):
+        write(tmp_path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['x.pth']
+
+
+def test_unstorable_values_are_named(tmp_path):
+    with pytest.raises(TypeError, match=r'param_schedulers\[0\]\.hook is a object'):
+        write(tmp_path, param_schedulers=[dict(hook=object())])
+    with pytest.raises(TypeError, match=r'meta\.cfg\.x is a object'):
+        write_checkpoint(tmp_path / 'x.pth', STATE, dict(cfg=dict(x=object())))
+    with pytest.raises(ValueError, match=r'\.pth or \.safetensors'):
+        write_checkpoint(tmp_path / 'x.bin', STATE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_to_plain():
+    value = {'a': (1, np.float32(2.5)), 3: np.arange(2), 'f': nn.Linear, 's': {'b', 'a'}, 'd': torch.float32}
+    plain = to_plain(value)
+    assert plain == {'a': [1, 2.5], '3': [0, 1], 'f': 'Linear', 's': ['a', 'b'], 'd': 'torch.float32'}
+    json.dumps(plain)
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_damaged_files(tmp_path, suffix):
+    path = write(tmp_path, f'x.{suffix}')
+    whole = path.read_bytes()
+    with pytest.raises(FileNotFoundError, match='nothing'):
+        read_checkpoint(tmp_path / f'nothing.{suffix}')
+    with pytest.raises(ValueError, match='is not a file'):
+        read_checkpoint(tmp_path)
+    for content in (b'', whole[:len(whole) // 2], whole[:20], b'\0' * 1000, b'not a checkpoint at all' * 50):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f'x.{suffix}'):
+            read_checkpoint(path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    checkpoint = torch.load(write(tmp_path), weights_only=True)
+    checkpoint['state_dict']['a.weight'][0, 0] += 1
+    torch.save(checkpoint, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match='checksum'):
+        read_checkpoint(tmp_path / 'x.pth')
+    path = write(tmp_path, 'x.safetensors')
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match='checksum'):
+        read_checkpoint(path)
+
+
+def test_checksum_covers_everything_but_not_the_order(tmp_path):
+    one = dict(format_version=1, meta=dict(a=1, b=2), state_dict=dict(x=torch.ones(2), y=torch.zeros(2)))
+    other = dict(state_dict=dict(y=torch.zeros(2), x=torch.ones(2)), meta=dict(b=2, a=1), format_version=1)
+    assert C._checksum(one) == C._checksum(other)
+    variants = [dict(one, meta=dict(a=1, b=3)), dict(one, extra=1), dict(one, meta=dict(a=1, b='2')),
+                dict(one, state_dict=dict(x=torch.ones(2), z=torch.zeros(2))),
+                dict(one, state_dict=dict(x=torch.ones(2, 1), y=torch.zeros(2))),
+                dict(one, state_dict=dict(x=torch.ones(2), y=torch.zeros(2, dtype=torch.int32)))]
+    assert len({C._checksum(v) for v in [one, *variants]}) == len(variants) + 1
+
+
+def test_newer_format(tmp_path):
+    checkpoint = torch.load(write(tmp_path), weights_only=True)
+    torch.save(dict(checkpoint, format_version=FORMAT_VERSION + 1), tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match='newer'):
+        read_checkpoint(tmp_path / 'x.pth')
+    torch.save(dict(checkpoint, format_version='evil'), tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match='format_version'):
+        read_checkpoint(tmp_path / 'x.pth')
+
+
+# ---- foreign and hostile --------------------------------------------------------------------------------------------
+def test_foreign_checkpoints(tmp_path):
+    torch.save(OrderedDict(STATE), tmp_path / 'plain.pth')
+    assert set(read_checkpoint(tmp_path / 'plain.pth')) == set(STATE)
+    official = dict(base_model=STATE, epoch=3, args=argparse.Namespace(lr=0.1, name='x'),
+                    metrics=dict(acc=np.float64(93.2), n=np.int64(3)), curve=np.arange(3.0))
+    torch.save(official, tmp_path / 'official.pth')
+    back = read_checkpoint(tmp_path / 'official.pth')
+    assert back['args'].lr == 0.1 and float(back['metrics']['acc']) == 93.2 and back['curve'].tolist() == [0, 1, 2]
+    torch.save(STATE, tmp_path / 'legacy.pth', _use_new_zipfile_serialization=False)
+    assert torch.equal(read_checkpoint(tmp_path / 'legacy.pth')['a.weight'], STATE['a.weight'])
+    torch.save(torch.ones(2), tmp_path / 'tensor.pth')
+    with pytest.raises(ValueError, match='a dict was expected'):
+        read_checkpoint(tmp_path / 'tensor.pth')
+
+
+class Evil:
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_hostile_pickles_run_nothing(tmp_path, legacy):
+    marker = tmp_path / 'marker'
+    for function, args in ((os.system, (f'touch {marker}',)), (exec, (f'open({str(marker)!r}, "w")',)),
+                           (open, (str(marker), 'w')), (__import__, ('os',))):
+        content = dict(state_dict=STATE, meta=Evil(function, *args))
+        torch.save(content, tmp_path / 'evil.pth', _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(ValueError, match=r'evil\.pth was refused: .*asks for .*Nothing in it was run'):
+            read_checkpoint(tmp_path / 'evil.pth')
+    (tmp_path / 'evil.pth').write_bytes(pickle.dumps(Evil(os.system, f'touch {marker}')))
+    with pytest.raises(ValueError, match='evil'):
+        read_checkpoint(tmp_path / 'evil.pth')
+    assert not marker.exists()
+
+
+def test_a_hostile_entry_in_one_of_our_files(tmp_path):
+    """The pickle inside the zip is replaced; the tensors stay."""
+    path, marker = write(tmp_path), tmp_path / 'marker'
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / 'evil.pth', 'w') as target:
+        for item in source.infolist():
+            data = source.read(item)
+            if item.filename.endswith('data.pkl'):
+                data = pickle.dumps(dict(state_dict=Evil(os.system, f'touch {marker}')), protocol=2)
+            target.writestr(item.filename, data)
+    with pytest.raises(ValueError, match='refused'):
+        read_checkpoint(tmp_path / 'evil.pth')
+    assert not marker.exists()
+
+
+def test_the_allow_list_is_not_left_open(tmp_path):
+    before = torch.serialization.get_safe_globals()
+    write(tmp_path)
+    read_checkpoint(tmp_path / 'x.pth')
+    assert torch.serialization.get_safe_globals() == before
+
+
+def test_trusted_part():
+    cfg = dict(type='TaskModel', pretrained='/etc/passwd', backbone=dict(type='ewa3d.TokenEncoder', depth=2,
+               init_cfg=dict(type='Pretrained', checkpoint='x')), layers=[dict(type='Linear', checkpoint='y')])
+    assert trusted_part(cfg) == dict(type='TaskModel', backbone=dict(type='ewa3d.TokenEncoder', depth=2),
+                                     layers=[dict(type='Linear')])
+    for name in ('os.system', 'builtins.eval', 'torch.hub.load', 'ewa3d.models.TaskModel', 'a b', '', 3, ['eval']):
+        with pytest.raises(ValueError, match='only names that are registered'):
+            trusted_part(dict(type='TaskModel', head=dict(type=name)))
+    for key in ('custom_imports', '_base_', '_scope_'):
+        with pytest.raises(ValueError, match=key):
+            trusted_part(dict(type='TaskModel', head=[{key: 'evil'}]))
+
+
+# ---- use ------------------------------------------------------------------------------------------------------------
+def test_find_last_checkpoint(tmp_path):
+    assert find_last_checkpoint(tmp_path) is None
+    (tmp_path / 'last_checkpoint').write_text('/somewhere/else/epoch_3.pth')
+    with pytest.raises(FileNotFoundError, match='epoch_3'):
+        find_last_checkpoint(tmp_path)
+    (tmp_path / 'epoch_3.pth').write_bytes(b'x')
+    assert find_last_checkpoint(tmp_path) == tmp_path / 'epoch_3.pth'
+
+
+def test_select_weights():
+    raw, averaged = torch.zeros(2), torch.ones(2)
+    both = dict(state_dict=dict(w=averaged), ema_state_dict={'module.w': raw, 'steps': torch.tensor(3)}, meta={})
+    assert select_weights(both)[1] == 'ema' and select_weights(both)[0]['w'] is averaged
+    assert select_weights(both, 'raw') == (dict(w=raw), 'raw')
+    fused = dict(state_dict=dict(w=averaged), meta=dict(weights='ema'))
+    assert select_weights(fused, 'ema')[1] == 'ema'
+    with pytest.raises(ValueError, match='ema weights only'):
+        select_weights(fused, 'raw')
+    with pytest.raises(ValueError, match='raw weights only'):
+        select_weights(dict(state_dict=dict(w=raw)), 'ema')
+    with pytest.raises(ValueError, match='both'):
+        select_weights(both, 'both')
+
+
+def test_load_model_state_says_what_is_wrong():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    good = {k: torch.randn_like(v) for k, v in before.items()}
+    cases = {
+        r'fuse it with tools/fuse\.py': {**good, '0.weight': torch.zeros(2, 4, 3), '0.bias': torch.zeros(2, 4)},
+        '7 in the checkpoint, 5 in the model': {**good, '2.weight': torch.zeros(7, 4), '2.bias': torch.zeros(7)},
+        'of another model': {'x.weight': torch.zeros(1), 'y': torch.zeros(2)},
+        '1 missing': {k: v for k, v in good.items() if k != '0.bias'},
+        '1 unexpected': {**good, 'extra': torch.zeros(1)},
+    }
+    for text, state in cases.items():
+        with pytest.raises(ValueError, match=rf'file\.pth does not fit.*{text}'):
+            load_model_state(model, state, 'file.pth')
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), text
+    load_model_state(model, {f'module.{k}': v for k, v in good.items()})
+    assert all(torch.equal(v, good[k]) for k, v in model.state_dict().items())
