@@ -1,0 +1,80 @@
+"""Every config is valid, builds, and takes one optimizer step on generated data."""
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+
+from ewa3d import attach_ewa
+from ewa3d.engine.validate import check_config
+from ewa3d.layers.experts import iter_experts
+from ewa3d.registry import MODELS
+from ewa3d.structures import Sample
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+LEAVES = sorted(p for p in CONFIGS.rglob('*.py') if '_base_' not in p.parts)
+OVERLAYS = sorted((CONFIGS / '_base_' / 'reparam').glob('*.py'))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def inheritance_depth(path: Path) -> int:
+    """How many files deep the longest chain of ``_base_`` is, ``path`` included."""
+    bases = Config._get_base_files(str(path))
+    return 1 + max((inheritance_depth((path.parent / base).resolve()) for base in bases), default=0)
+
+
+def points_of(cfg: Config) -> int:
+    """The number of points that the training pipeline ends with."""
+    return [t.num_points for t in cfg.train_dataloader.dataset.pipeline if t.type == 'Resample'][-1]
+
+
+def test_there_are_configs():
+    assert LEAVES and OVERLAYS
+
+
+@pytest.mark.parametrize('path', LEAVES, ids=name)
+def test_is_valid_and_shallow(path):
+    check_config(Config.fromfile(path))
+    assert inheritance_depth(path) <= 3, 'leaf -> sibling leaf -> _base_ is the limit'
+    assert '_delete_' not in path.read_text()
+
+
+@pytest.mark.parametrize('path', LEAVES, ids=name)
+def test_builds_and_takes_one_step(path):
+    cfg = Config.fromfile(path)
+    cfg.model.head.num_classes = 5
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).train()
+    assert any(True for _ in iter_experts(model)) == ('expand' in cfg.model)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    handle = None
+    if 'ewa' in cfg.default_hooks:
+        settings = {k: v for k, v in cfg.default_hooks.ewa.items() if k != 'type'}
+        handle = attach_ewa(wrapper.optimizer, model, total_steps=2, start_step=1, **settings)
+    before = [p.detach().clone() for p in model.parameters()]
+    batch = dict(inputs=dict(points=[torch.randn(points_of(cfg), 3) for _ in range(2)]),
+                 data_samples=[Sample(gt_label=torch.tensor(i)) for i in range(2)])
+    losses = model.train_step(batch, wrapper)
+    assert torch.isfinite(losses['loss'])
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
+    assert sum(changed) > len(changed) // 2
+    if handle is not None:
+        assert handle.step == 2
+
+
+@pytest.mark.parametrize('path', [p for p in LEAVES if p.stem.endswith('_ewa') or p.stem == 'ewa'], ids=name)
+def test_ewa_leaf_differs_from_its_plain_one_by_the_overlay_alone(path):
+    plain = path.with_name(path.name.replace('_ewa', '') if '_ewa' in path.name else 'plain.py')
+    with_ewa, without = Config.fromfile(path).to_dict(), Config.fromfile(plain).to_dict()
+    assert with_ewa['model'].pop('expand')
+    assert with_ewa['default_hooks'].pop('ewa')
+    with_ewa['optim_wrapper']['paramwise_cfg'].pop('expert_lr_mult')
+    without['optim_wrapper']['paramwise_cfg'].pop('expert_lr_mult')
+    for key in without:
+        assert with_ewa[key] == without[key], key
