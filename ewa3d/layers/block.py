@@ -53,7 +53,7 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0:
             return x
         keep = 1 - self.drop_prob
-        mask = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep)
+        mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
         return x * mask.div_(keep)
 
     def extra_repr(self) -> str:
@@ -96,8 +96,8 @@ class Attention(nn.Module):
     """
 
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, qk_norm: bool = False,
-                 proj_bias: bool = True, attn_drop: float = 0., proj_drop: float = 0., norm_layer=nn.LayerNorm,
-                 device=None, dtype=None):
+                 scale_norm: bool = False, proj_bias: bool = True, attn_drop: float = 0., proj_drop: float = 0.,
+                 norm_layer=nn.LayerNorm, device=None, dtype=None):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f'dim={dim} cannot be split among num_heads={num_heads}')
@@ -108,6 +108,7 @@ class Attention(nn.Module):
         self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = norm_layer(dim, **factory) if scale_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.apply(init_vit)
@@ -117,7 +118,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         x = attend(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal,
                    dropout_p=self.attn_drop.p if self.training else 0.)  # (B, heads, L, head_dim)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, L, C)))
+        return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).reshape(B, L, C))))
 
 
 class Block(nn.Module):

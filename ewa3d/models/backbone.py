@@ -76,8 +76,8 @@ class TokenEncoder(nn.Module):
         """
         wanted = self._block_numbers(out_indices)
         if self.num_prefix_tokens:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
-            pos = torch.cat([self.cls_pos.expand(len(pos), -1, -1).to(pos.dtype), pos], 1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
+            pos = torch.cat([self.cls_pos.expand(pos.shape[0], -1, -1).to(pos.dtype), pos], 1)
         if self.pos == 'first':
             x = x + pos
         outputs = {}

@@ -84,19 +84,22 @@ def fps(points: Tensor, num: int, start: int | Tensor = 0, skip_origin: bool = F
             taking_part = torch.ones(B, N, dtype=torch.bool, device=points.device)
         if lengths is not None:
             taking_part &= torch.arange(N, device=points.device) < lengths.unsqueeze(1)
-        return (_fps_op if _compiling() else _fps)(points, num, start, taking_part)
+        nearest = points.new_full((B, N), float('inf')).masked_fill_(~taking_part, -float('inf'))
+        choose = _fps_op if _compiling() else _fps_functional if _tracing() else _fps
+        return choose(points, num, start, nearest)
 
 
-def _fps(points: Tensor, num: int, start: Tensor, taking_part: Tensor) -> Tensor:
-    """The loop of :func:`fps`, in place on contiguous x, y, z.
+def _fps(points: Tensor, num: int, start: Tensor, nearest: Tensor) -> Tensor:
+    """The loop of :func:`fps` in place on contiguous x, y, z; ``nearest`` are the squared distances ``(B, N)`` to the
+    picks so far, -inf for points that take no part.
 
     Products and sums are separate operations: fused ones round differently in the vectorised part of a row and in
     its rest, and then equal points would not have equal distances.
     """
     axes = [points[..., i].contiguous() for i in range(3)]
-    nearest = torch.full_like(axes[0], float('inf')).masked_fill_(~taking_part, -float('inf'))
+    nearest = nearest.clone()
     distance, term = torch.empty_like(nearest), torch.empty_like(nearest)
-    as_numpy = nearest.numpy() if nearest.device.type == 'cpu' and not _tracing() else None
+    as_numpy = nearest.numpy() if nearest.device.type == 'cpu' else None
     picks = torch.empty(len(points), num, dtype=torch.int64, device=points.device)
     pick = start.unsqueeze(1)
     for i in range(num):
@@ -111,6 +114,16 @@ def _fps(points: Tensor, num: int, start: Tensor, taking_part: Tensor) -> Tensor
             distance.add_(term.mul_(term))
         torch.minimum(nearest, distance, out=nearest)
     return picks
+
+
+def _fps_functional(points: Tensor, num: int, start: Tensor, nearest: Tensor) -> Tensor:
+    """:func:`_fps` without side effects, for ``torch.export``."""
+    picks = [start.unsqueeze(1)]
+    for _ in range(num - 1):
+        x, y, z = (points - gather(points, picks[-1])).square().unbind(-1)
+        nearest = torch.minimum(nearest, x + y + z)
+        picks.append(nearest.argmax(1, keepdim=True))
+    return torch.cat(picks, 1)
 
 
 def knn(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -136,8 +149,8 @@ def neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
     """The indices that :func:`knn` returns, without the distances."""
     check_points(points)
     check_points(query, 'query')
-    if len(query) != len(points):
-        raise ValueError(f'knn: {len(query)} sets of queries for {len(points)} clouds')
+    if query.shape[0] != points.shape[0]:
+        raise ValueError(f'knn: {query.shape[0]} sets of queries for {points.shape[0]} clouds')
     if not 1 <= k <= points.shape[1]:
         raise ValueError(f'knn: k={k} neighbours cannot be found among N={points.shape[1]} points')
     with torch.no_grad():
@@ -209,7 +222,7 @@ def gather(points: Tensor, idx: Tensor) -> Tensor:
     Shape:
         - points ``(B, N, C)``, idx ``(B, ...)`` int64; returns ``(B, ..., C)``.
     """
-    if points.ndim != 3 or idx.ndim < 2 or len(points) != len(idx):
+    if points.ndim != 3 or idx.ndim < 2 or points.shape[0] != idx.shape[0]:
         raise ValueError(f'gather: points (B, N, C) and idx (B, ...) expected, got {tuple(points.shape)} and '
                          f'{tuple(idx.shape)}')
     B, N, C = points.shape
@@ -234,13 +247,13 @@ def _compiling() -> bool:
 
 
 @torch.library.custom_op('ewa3d::fps', mutates_args=())
-def _fps_op(points: Tensor, num: int, start: Tensor, taking_part: Tensor) -> Tensor:
-    return _fps(points, num, start, taking_part)
+def _fps_op(points: Tensor, num: int, start: Tensor, nearest: Tensor) -> Tensor:
+    return _fps(points, num, start, nearest)
 
 
 @_fps_op.register_fake
-def _(points, num, start, taking_part):
-    return points.new_empty(len(points), num, dtype=torch.int64)
+def _(points, num, start, nearest):
+    return points.new_empty(points.shape[0], num, dtype=torch.int64)
 
 
 @torch.library.custom_op('ewa3d::neighbours', mutates_args=())
