@@ -342,10 +342,9 @@ def load_model_state(model: nn.Module, state_dict: Mapping, name: str = 'checkpo
     try:
         result = model.load_state_dict(state, strict=False)
         missing, unexpected, shapes = list(result.missing_keys), list(result.unexpected_keys), []
-    except RuntimeError as error:  # shapes; strict=False still raises for them
-        shapes = re.findall(r'size mismatch for ([^:]+): (.*?)\.?$', str(error), re.MULTILINE)
-        shapes = shapes or [('', _first_line(error))]
+    except RuntimeError:  # strict=False still raises for shapes
         missing, unexpected = sorted(set(backup) - set(state)), sorted(set(state) - set(backup))
+        shapes = [key for key in backup if key in state and state[key].shape != backup[key].shape]
     if not (missing or unexpected or shapes):
         return
     model.load_state_dict(backup)
@@ -355,7 +354,8 @@ def load_model_state(model: nn.Module, state_dict: Mapping, name: str = 'checkpo
         if keys:
             lines.append(f'{len(keys)} {label} ({_some(keys)})')
     if shapes:
-        lines.append(f'{len(shapes)} of another shape ({_some([f"{key}: {what}" for key, what in shapes])})')
+        described = [f'{key}: {tuple(state[key].shape)}, the model has {tuple(backup[key].shape)}' for key in shapes]
+        lines.append(f'{len(shapes)} of another shape ({_some(described)})')
     raise ValueError('; '.join(lines) + '. ' + _likely_cause(state, backup, shapes, matched))
 
 
@@ -376,13 +376,12 @@ def _some(items: list, n: int = 3) -> str:
 
 
 def _likely_cause(state: dict, own: dict, shapes: list, matched: int) -> str:
-    names = [key for key, _ in shapes if key in state and key in own]
-    stacked = [k for k in names if state[k].ndim == own[k].ndim + 1 and state[k].shape[1:] == own[k].shape]
+    stacked = [k for k in shapes if state[k].ndim == own[k].ndim + 1 and state[k].shape[1:] == own[k].shape]
     if stacked:
         return ('The checkpoint is expanded and the model plain: fuse it with tools/fuse.py, or use the config it was '
                 'trained with.')
-    if names and all(state[k].ndim == own[k].ndim and state[k].shape[1:] == own[k].shape[1:] for k in names):
-        classes = [(state[k].shape[0], own[k].shape[0]) for k in names][-1]
+    if shapes and all(state[k].ndim == own[k].ndim and state[k].shape[1:] == own[k].shape[1:] for k in shapes):
+        classes = state[shapes[-1]].shape[0], own[shapes[-1]].shape[0]
         return f'The number of classes differs: {classes[0]} in the checkpoint, {classes[1]} in the model.'
     if matched * 2 < len(own):
         return 'It looks like a checkpoint of another model.'

@@ -220,12 +220,19 @@ class Runner(_Runner):
         return super()._build_param_scheduler(schedulers, optim_wrapper)
 
     def _maybe_compile(self, target: str) -> None:
-        """Compile the model's forward only: the optimizer step and its hooks are memory-bound and stay eager."""
+        """Compile what takes the time, tensors to features, and only for training: evaluation would compile again.
+
+        Heads read samples, which would break the graph; the optimizer step and its hooks are memory-bound.
+        """
         options = self.cfg.get('compile')
         if not options:
             return
-        unwrapped(self.model).compile(**({} if options is True else options))
-        self.logger.info('the model is compiled; its first steps are slow')
+        model = unwrapped(self.model)
+        name = 'extract' if hasattr(model, 'extract') else 'forward'
+        eager = getattr(model, name)
+        compiled = torch.compile(eager, **({} if options is True else options))
+        setattr(model, name, lambda *args, **kwargs: (compiled if model.training else eager)(*args, **kwargs))
+        self.logger.info(f'{type(model).__name__}.{name} is compiled for training; the first step is slow')
 
     # ---- running -----------------------------------------------------------------------------------------------------
     @property
