@@ -1,5 +1,6 @@
 """Data sets and transforms; importing this package registers them."""
 from ewa3d.datasets.base import PointDataset
+from ewa3d.datasets.folder import FolderPointCloud
 from ewa3d.datasets.modelnet import ModelNet
 from ewa3d.datasets.shapes import SyntheticShapes
 from ewa3d.datasets.transforms import (
@@ -14,5 +15,5 @@ from ewa3d.datasets.transforms import (
     UpAxis,
 )
 
-__all__ = ['PointDataset', 'ModelNet', 'SyntheticShapes', 'Normalize', 'Resample', 'UpAxis',
+__all__ = ['PointDataset', 'FolderPointCloud', 'ModelNet', 'SyntheticShapes', 'Normalize', 'Resample', 'UpAxis',
            'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack']

@@ -56,7 +56,9 @@ def read_cloud(path: str | Path, mesh_points: int = MESH_POINTS, rng: np.random.
         raise FileNotFoundError(f'{path}: there is no such file')
     try:
         found = reader(path)
-    except (ValueError, OSError, EOFError, KeyError, IndexError, MemoryError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # libraries raise errors of their own on broken files
         text = str(error)
         raise ValueError(text if str(path) in text else f'{path}: cannot be read: {text}') from error
     if isinstance(found, Mesh):
@@ -134,7 +136,7 @@ def read_text(path: Path) -> Cloud:
     """Rows of numbers separated by commas, semicolons or blanks. Header lines, ``#`` comments and a leading line with
     the number of points are skipped."""
     text = path.read_text(encoding='utf-8-sig', errors='replace').replace(',', ' ').replace(';', ' ')
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith(('#', '//'))]
+    lines = [line for line in (re.split('#|//', line)[0] for line in text.splitlines()) if line.strip()]
     first = next((i for i, line in enumerate(lines) if is_row(line)), len(lines))
     if first == len(lines):
         raise ValueError('no row of numbers')

@@ -182,12 +182,12 @@ def umbrella(s, u):
     s.ring(2, (.12, 0, .12), .12, r, .5, 1)
 
 
-MAKERS = {f.__name__: f for f in (airplane, bottle, bucket, cabinet, car, chair, ladder, lamp, monitor, mug, shelf, sofa,
-                                  table, umbrella)}
+MAKERS = {f.__name__: f for f in (airplane, bottle, bucket, cabinet, car, chair, ladder, lamp, monitor, mug, shelf,
+                                  sofa, table, umbrella)}
 
 
 def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: float = 0.012,
-               outliers: float = 0.02, hidden: float = 0.15, unevenness: float = 0.5, tilt: float = 10.0):
+               outliers: float = 0.02, hidden: float = 0.3, unevenness: float = 0.8, tilt: float = 30.0):
     """One shape: built, stretched to a random box, turned, partly hidden, noisy, centred and scaled to radius 1.
 
     Returns:

@@ -26,7 +26,7 @@ class Solid:
 
     def tube(self, part: int, start, length: float, radius: float, end_radius: float | None = None, axis: int = 2,
              caps: str = '') -> None:
-        """The mantle of a cylinder or cone along an axis; ``caps`` may close its ``'start'``, ``'end'`` or ``'both'``."""
+        """The mantle of a cylinder or cone along an axis; ``caps`` closes its ``'start'``, ``'end'`` or ``'both'``."""
         end_radius = radius if end_radius is None else end_radius
         self._tubes.append((part, *start, radius, end_radius, length, axis))
         if caps in ('start', 'both'):

@@ -1,0 +1,180 @@
+"""``FolderPointCloud``: people's own data, one folder a class."""
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ewa3d.datasets.base import PointDataset, require_folder
+from ewa3d.datasets.cache import cached_clouds
+from ewa3d.datasets.io import EXTENSIONS, MESH_POINTS, read_cloud
+from ewa3d.registry import DATASETS, nearest
+
+__all__ = ['FolderPointCloud']
+
+SPLITS = ('train', 'val', 'test')
+# Lies beside clouds and is none: materials and pictures of meshes, notes, what desktops leave behind.
+COMPANIONS = frozenset(('.mtl', '.png', '.jpg', '.jpeg', '.md', '.json', '.db', '.ini'))
+
+
+@DATASETS.register_module()
+class FolderPointCloud(PointDataset):
+    """``class_name/*.{npy,npz,txt,xyz,csv,ply,pcd,off,obj,stl,h5}``, with optional levels ``train``, ``val``, ``test``
+    above or below the classes (``train/chair/a.npy`` or ``chair/train/a.npy``).
+
+    Classes are the names of the folders, sorted, the same for every split. Clouds may differ in size; points of meshes
+    are drawn by area. Hidden files, pictures and notes beside the clouds are ignored, links are followed. The first use
+    orders the clouds by farthest point sampling and keeps the result under ``cache_dir``.
+
+    Args:
+        split: ``'train'``, ``'val'`` or ``'test'``. Without levels everything is ``'train'``, and the other two are an
+            error. ``None`` is everything, whatever the levels.
+        classes: these classes in this order, instead of those that the folders name.
+        extensions: read files with these only, for example ``['.npy']``.
+        normals: columns 3 to 5 are normals; keep them. Formats that can tell are asked whether they are.
+        num_features: columns to keep beyond xyz; by default 3 with normals, else 0.
+        up_axis: which way is up, for the transforms that ask.
+        max_points: how many points of a cloud are kept at most.
+        mesh_points, mesh_seed: how the points of a mesh are drawn.
+
+    Raises:
+        FileNotFoundError: there is no folder.
+        ValueError: no classes, only one, an empty class folder, an unknown extension, a file that cannot be read.
+    """
+
+    SPLITS = (*SPLITS, None)
+
+    def __init__(self, data_root: str | Path, split: str | None = 'train', classes: Sequence[str] | None = None,
+                 extensions: Sequence[str] | None = None, normals: bool = False, num_features: int | None = None,
+                 up_axis: str = 'z', max_points: int = 8192, mesh_points: int = MESH_POINTS, mesh_seed: int = 0,
+                 **kwargs):
+        root = require_folder(data_root, 'FolderPointCloud')
+        self.normals = bool(normals)
+        self.num_features = (3 if normals else 0) if num_features is None else num_features
+        if self.num_features < (3 if normals else 0):
+            raise ValueError(f'num_features={num_features} must be at least {3 if normals else 0}')
+        if max_points < 1 or mesh_points < 1:
+            raise ValueError(f'max_points={max_points} and mesh_points={mesh_points} must be at least 1')
+        self.up_axis, self.max_points, self.mesh_points, self.mesh_seed = up_axis, max_points, mesh_points, mesh_seed
+        self.extensions = check_extensions(extensions)
+        self._wanted_classes = None if classes is None else tuple(classes)
+        self._tree = Tree(root)
+        super().__init__(root, split, **kwargs)
+
+    def load_metainfo(self) -> dict:
+        found = self._tree.classes
+        wanted = self._wanted_classes or tuple(found)
+        missing = [name for name in wanted if name not in found]
+        if missing:
+            raise ValueError(f'{self.data_root}: has no class folder {missing[0]!r}; {nearest(missing[0], found)}')
+        if len(wanted) < 2 and self._wanted_classes is None:
+            raise ValueError(f'{self.data_root}: holds only one class, {wanted[0]!r}; if that is meant, say so with '
+                             f'classes={list(wanted)}')
+        return dict(classes=wanted, up_axis=self.up_axis, normals=self.normals)
+
+    def load_data_list(self) -> list[dict]:
+        items = []
+        for label, name in enumerate(self._metainfo['classes']):
+            for folder in self._tree.folders(name, self.split):
+                items += [(file, label) for file in self._files(folder)]
+        if not items:
+            raise ValueError(f'{self._what} has no samples')
+        settings = dict(features=self.num_features, normals=self.normals, mesh_points=self.mesh_points,
+                        mesh_seed=self.mesh_seed)
+        files = [file for file, _ in items]
+        self._clouds = cached_clouds(self.cache_dir, f'{self.data_root.name}_{self.split or "all"}', settings, files,
+                                     self.data_root, lambda: self._read(files), len(files), self.max_points)
+        return [dict(name=str(file.relative_to(self.data_root)), label=label, row=row, fps_ordered=True)
+                for row, (file, label) in enumerate(items)]
+
+    def load_cloud(self, entry: dict) -> dict:
+        return dict(points=self._clouds[entry['row']])
+
+    def _files(self, folder: Path) -> list[Path]:
+        """The clouds in a class folder, sorted."""
+        present = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith('.'))
+        known = self.extensions or EXTENSIONS
+        files = [f for f in present if f.suffix.lower() in known]
+        unknown = [f for f in present if f.suffix.lower() not in (EXTENSIONS | COMPANIONS)]
+        if unknown and self.extensions is None:
+            raise ValueError(f'{unknown[0]}: unknown extension {unknown[0].suffix!r}; known are '
+                             f'{", ".join(sorted(EXTENSIONS))} (extensions=[…] chooses which files are read)')
+        if not files:
+            seen = Counter(f.suffix for f in present)
+            raise ValueError(f'{folder}: an empty class folder; files {", ".join(sorted(known))} were expected, '
+                             f'there are {dict(seen) if seen else "none"}')
+        return files
+
+    def _read(self, files: list[Path]) -> Iterator[np.ndarray]:
+        wanted = 3 + self.num_features
+        for file in files:
+            name = str(file.relative_to(self.data_root))
+            rng = np.random.default_rng((self.mesh_seed, zlib.crc32(name.encode())))
+            cloud = read_cloud(file, self.mesh_points, rng)
+            if self.normals and cloud.normals is False:
+                raise ValueError(f'{file}: normals=True, but the file has none')
+            if cloud.points.shape[1] < wanted:
+                raise ValueError(f'{file}: {wanted} columns are wanted (xyz and num_features={self.num_features}), it '
+                                 f'has {cloud.points.shape[1]}')
+            yield cloud.points[:, :wanted]
+
+
+class Tree:
+    """Where the classes and the splits of a folder are."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        top = subfolders(root)
+        if not top:
+            raise ValueError(f'{root}: has no class folders; <class>/<files> or <split>/<class>/<files> was expected')
+        levels = [folder for folder in top if folder.name in SPLITS]
+        if levels and len(levels) < len(top):
+            strange = next(folder.name for folder in top if folder.name not in SPLITS)
+            raise ValueError(f'{root}: the folder {strange!r} lies beside {levels[0].name!r}; either all folders there '
+                             f'are splits ({", ".join(SPLITS)}) or all are classes')
+        if levels:
+            self._found = {(c.name, level.name): c for level in levels for c in subfolders(level)}
+        else:
+            self._found = {}
+            for folder in top:
+                below = [f for f in subfolders(folder) if f.name in SPLITS]
+                self._found |= {(folder.name, f.name): f for f in below} or {(folder.name, None): folder}
+            self._check_levels()
+        if not self._found:
+            raise ValueError(f'{root}: the folders {[folder.name for folder in levels]} hold no class folders')
+        self.classes = sorted({name for name, _ in self._found})
+        self.splits = [split for split in SPLITS if any(split == s for _, s in self._found)]
+
+    def _check_levels(self) -> None:
+        """Splits below some classes only would put the other classes nowhere."""
+        flat = [name for name, split in self._found if split is None]
+        if flat and len(flat) < len(self._found):
+            raise ValueError(f'{self.root}: the class {flat[0]!r} has no folders {", ".join(SPLITS)}, other classes '
+                             f'have')
+
+    def folders(self, name: str, split: str | None) -> list[Path]:
+        """The folders of a class in a split (in all splits: ``None``)."""
+        if split is not None and not self.splits and split != 'train':
+            raise ValueError(f'{self.root}: has no folders {", ".join(SPLITS)}, so there is no split {split!r}: sort '
+                             f'the files into them (train/<class>/… or <class>/train/…)')
+        if split is not None and self.splits and split not in self.splits:
+            raise ValueError(f'{self.root}: has no split {split!r}; there are {", ".join(self.splits)}')
+        return [folder for (category, level), folder in self._found.items()
+                if category == name and (split is None or level in (None, split))]
+
+
+def subfolders(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith('.'))
+
+
+def check_extensions(extensions: Sequence[str] | None) -> frozenset | None:
+    """Lower-case extensions with their dot, all of them readable."""
+    if extensions is None:
+        return None
+    if isinstance(extensions, str):
+        raise TypeError(f"extensions is a list like ['.npy'], got {extensions!r}")
+    chosen = frozenset('.' + str(e).lower().lstrip('.') for e in extensions)
+    for extension in sorted(chosen - EXTENSIONS):
+        raise ValueError(f'no reader for files {extension!r}; {nearest(extension, EXTENSIONS)}')
+    return chosen
