@@ -122,6 +122,11 @@ class WarmupCosineLR(_ParamScheduler):
         progress = min((step - warm) / max(total - warm, 1), 1.0)
         return self.ratio + (1 - self.ratio) * (1 + math.cos(math.pi * progress)) / 2
 
+    def step(self) -> None:
+        # mmengine warns when this comes before the first optimizer step; with gradient accumulation that is right.
+        self.optimizer._global_step = max(self.optimizer._global_step, 0)
+        super().step()
+
     def _get_value(self) -> list[float]:
         factor = self.factor(self.last_step)
         return [base * factor for base in self.base_values]

@@ -38,7 +38,7 @@ def check_config(cfg: Mapping, training: bool = True) -> None:
     """
     needed = ['model'] + (['train_dataloader', 'train_cfg', 'optim_wrapper'] if training else ['test_dataloader'])
     for key in cfg:
-        close = difflib.get_close_matches(key, TOP_LEVEL - set(cfg), n=1, cutoff=0.8)
+        close = difflib.get_close_matches(key, TOP_LEVEL, n=1, cutoff=0.8)
         if key not in TOP_LEVEL and close:
             raise KeyError(f'config key {key!r} is unknown; did you mean {close[0]!r}?')
     for key in needed:
