@@ -6,7 +6,6 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ewa3d.models.task import TaskModel
-from ewa3d.models.weights import load_plain
 from ewa3d.registry import MODELS
 
 __all__ = ['build']
@@ -35,7 +34,10 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
     cfg = cfg.get('model', cfg)
     if 'type' not in cfg:
         raise KeyError(f"{name} has no 'type'; expected model=dict(type='TaskModel', …), found {sorted(cfg)}")
-    weights = _read(checkpoint) if checkpoint is not None else {}
+    weights = {}
+    if checkpoint is not None:
+        from ewa3d.engine.checkpoint import load_any, read_checkpoint, select_weights
+        weights = read_checkpoint(checkpoint)
     head = cfg.get('head')
     if isinstance(head, Mapping):
         head.update(num_classes=num_classes or head.get('num_classes') or _classes_of(weights))
@@ -43,14 +45,9 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
         cfg.pop('pretrained', None)  # the checkpoint replaces it
     model = MODELS.build(cfg)
     if weights:
-        load_plain(model, weights)
+        load_any(model, weights, select_weights(weights)[0], str(checkpoint))
         model.eval()
     return model
-
-
-def _read(path: str | Path) -> dict:
-    from ewa3d.engine.checkpoint import read_checkpoint
-    return read_checkpoint(path)
 
 
 def _classes_of(checkpoint: Mapping) -> int | None:

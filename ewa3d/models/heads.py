@@ -58,8 +58,8 @@ class ClsHead(nn.Module):
 
     def loss(self, feats: Tensor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """``loss_cls`` and, as a statistic, the batch's accuracy ``acc`` in percent."""
+        labels = self._labels(samples).to(feats.device, non_blocking=True)
         logits = self(feats).float()
-        labels = self._labels(samples).to(logits.device, non_blocking=True)
         accuracy = (logits.detach().argmax(1) == labels).float().mean() * 100
         return {'loss_cls': F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), 'acc': accuracy}
 
