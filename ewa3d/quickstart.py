@@ -158,10 +158,13 @@ def draw(run: dict, work_dir: Path) -> None:
     counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
     visualization.draw_confusion(counts, classes, work_dir / 'confusion.png', heading='EWA fused')
     panels = {'training loss': ('train', 'loss'), 'OA on the test split, %': ('val', 'OA')}
-    curves = {title: {name: _curve(work_dir / name / 'metrics.jsonl', *source) for name in NAMES}
-              for title, source in panels.items()}
-    curves = {title: {name: xy for name, xy in lines.items() if xy[0]} for title, lines in curves.items()}
-    visualization.draw_curves({title: lines for title, lines in curves.items() if lines}, work_dir / 'curves.png')
+    curves = {}
+    for title, source in panels.items():
+        lines = {label: _curve(work_dir / name / 'metrics.jsonl', *source)
+                 for name, label in (('plain', 'plain'), ('ewa', 'EWA'))}
+        if all(epochs for epochs, _ in lines.values()):
+            curves[title] = lines
+    visualization.draw_curves(curves, work_dir / 'curves.png', heading='Training')
 
 
 def table(results: dict) -> str:
@@ -172,7 +175,7 @@ def table(results: dict) -> str:
         gap = row['max_output_difference']
         cells.append((row['model'], f'{row["OA"]:.2f}', f'{row["mAcc"]:.2f}', f'{row["parameters_training"]:,}',
                       f'{row["parameters_deployed"]:,}', f'{row["ms_per_batch"]:.1f}',
-                      '' if gap is None else f'{gap:.1e}'))
+                      '' if gap is None else f'{gap:.1e}' if gap else '0'))
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, tuple('-' * (width - (i > 0)) + ':' * (i > 0) for i, width in enumerate(widths)))
     return '\n'.join('| ' + ' | '.join(text.ljust(width) if i == 0 else text.rjust(width)
@@ -209,7 +212,7 @@ class _Progress(Hook):
         loss = float(outputs['loss'].detach())
         self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
         now, done = time.perf_counter(), runner.iter + 1
-        interval = 0.2 if sys.stdout.isatty() else 10.
+        interval = 0.2 if sys.stdout.isatty() else 20.
         if now - self.shown < interval and done < runner.max_iters:
             return
         self.shown = now

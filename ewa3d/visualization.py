@@ -9,8 +9,6 @@ or the new one, never half of one.
 """
 import io
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,22 +28,11 @@ UP_AXES = {'x': (1, 2, 0), 'y': (2, 0, 1), 'z': (0, 1, 2)}  # even permutations:
 
 
 def write_atomic(path, data: bytes | str) -> Path:
-    """Write ``data`` to ``path`` through a temporary file beside it and a rename."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f'{path} is a folder; expected the name of a file to write')
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``data`` to ``path``, complete or not at all, and return the path."""
+    from ewa3d.engine.checkpoint import atomic_write  # the one implementation; importing it starts the engine
     payload = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(payload)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    atomic_write(path, lambda file: file.write(payload))
+    return Path(path)
 
 
 def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, colors: Sequence | None = None,
@@ -121,6 +108,7 @@ def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', h
     """
     if not panels or not all(panels.values()):
         raise ValueError('panels is empty or has a panel without curves; expected {"loss": {"run": values}}')
+    from matplotlib.ticker import MaxNLocator
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     tint = dict(zip(names, (PALETTE[i % len(PALETTE)] for i in range(len(names)))))
     figure = _figure(4.4 * len(panels), 3.2)
@@ -132,6 +120,8 @@ def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', h
             axes.plot(x, y, color=tint[name], label=name, linewidth=1.8, marker=marker, markersize=3)
         axes.set_xlabel(xlabel, color=INK)
         axes.set_ylabel(ylabel, color=INK)
+        if all(float(x).is_integer() for line in axes.lines for x in line.get_xdata()):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color='#e4e7eb', linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[['top', 'right']].set_visible(False)
@@ -323,9 +313,3 @@ def _save(figure, path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=130, metadata={'Software': None})  # the same picture, the same bytes
     return write_atomic(path, buffer.getvalue())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
