@@ -24,7 +24,8 @@ from ewa3d.ops import fps
 __all__ = ['Clouds', 'cached_clouds', 'fps_order']
 
 VERSION = 1
-BATCH = 32  # clouds that are ordered together
+BATCH = 32  # clouds that are read before they are ordered
+FPS_POINTS = 40_960  # points that are ordered together: what stays in the processor's cache, measured
 THIN = 65_536  # a larger cloud is thinned to so many points at random before it is ordered
 REPORT_SECONDS = 5.0
 
@@ -47,7 +48,7 @@ class Clouds:
             points = np.memmap(folder / 'points.f32', np.float32, 'r', shape=(rows, columns))
             if points.size * 4 != (folder / 'points.f32').stat().st_size:
                 raise ValueError('points.f32 has another size')
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f'{folder}: a damaged cache: {error}') from error
         return cls(np.asarray(points), offsets, folder)
 
@@ -84,19 +85,25 @@ def cached_clouds(cache_dir: Path | None, name: str, settings: dict, files: Iter
     found = load_if_whole(folder)
     if found is not None:
         return found
+    make_writable(cache_dir)
+    with lock(cache_dir / f'{stem}.lock'):
+        found = load_if_whole(folder)  # somebody else may have written it meanwhile
+        if found is None:
+            write(prepared, folder, settings)
+            for old in cache_dir.glob(f'{stem}-*'):  # the same settings on sources that are no more
+                if old != folder:
+                    shutil.rmtree(old, ignore_errors=True)
+    return found or Clouds.load(folder)
+
+
+def make_writable(cache_dir: Path) -> None:
+    """Make the folder; ``OSError`` that says what to do where that fails."""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with lock(cache_dir / f'{stem}.lock'):
-            found = load_if_whole(folder)  # somebody else may have written it meanwhile
-            if found is None:
-                write(prepared, folder, settings)
-                for old in cache_dir.glob(f'{stem}-*'):  # the same settings on sources that are no more
-                    if old != folder:
-                        shutil.rmtree(old, ignore_errors=True)
-    except PermissionError as error:
-        raise PermissionError(f'the cache folder {str(cache_dir)!r} cannot be written ({error}): choose another one '
-                              f'with cache_dir, or cache_dir=None to keep the clouds in memory') from error
-    return found or Clouds.load(folder)
+        tempfile.TemporaryFile(dir=cache_dir).close()
+    except OSError as error:
+        raise OSError(f'the cache folder {str(cache_dir)!r} cannot be written ({error}): choose another one with '
+                      f'cache_dir, or cache_dir=None to keep the clouds in memory') from error
 
 
 def load_if_whole(folder: Path) -> Clouds | None:
@@ -203,9 +210,11 @@ def fps_order(clouds: list[np.ndarray], num: int) -> list[np.ndarray]:
         by_size.setdefault(len(cloud), []).append(i)
     orders: list = [None] * len(clouds)
     for size, members in by_size.items():
-        xyz = torch.from_numpy(np.stack([np.array(clouds[i][:, :3], dtype=np.float32) for i in members]))
-        for i, order in zip(members, fps(xyz, min(num, size)).numpy()):
-            orders[i] = without_repeats(order, size)
+        step = max(1, FPS_POINTS // size)
+        for group in (members[i:i + step] for i in range(0, len(members), step)):
+            xyz = torch.from_numpy(np.stack([np.array(clouds[i][:, :3], dtype=np.float32) for i in group]))
+            for i, order in zip(group, fps(xyz, min(num, size)).numpy()):
+                orders[i] = without_repeats(order, size)
     return orders
 
 
