@@ -189,6 +189,15 @@ def test_knn_ways_agree_on_a_larger_cloud(monkeypatch):
     assert torch.equal(found, ops.knn(query, points, 33)[1])
 
 
+def test_knn_in_parts(monkeypatch):
+    query, points = clouds(3, 11), clouds(3, 40)
+    expected = ops.knn(query, points, 6)[1]
+    monkeypatch.setattr(points_module, 'DEVICE_CHUNK', 3 * 40 * 4)  # four queries at a time
+    assert torch.equal(points_module._by_topk(query, points, 6), expected)
+    monkeypatch.setattr(points_module, 'CHUNK', 1)
+    assert torch.equal(ops.knn(query, points, 6)[1], expected)
+
+
 def test_knn_of_no_query():
     assert ops.knn(torch.empty(2, 0, 3), torch.randn(2, 9, 3), 4)[1].shape == (2, 0, 4)
 

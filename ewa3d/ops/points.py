@@ -14,6 +14,7 @@ __all__ = ['fps', 'knn', 'gather', 'check_points']
 ORIGIN_RADIUS2 = 1e-3  # the published kernels never pick a point with a squared norm up to this
 TREE_POINTS = 2048  # from this cloud size on a k-d tree beats comparing every pair
 CHUNK = 1 << 17  # distances held at a time on a CPU: what stays in the cache
+DEVICE_CHUNK = 1 << 26  # and elsewhere: half a GiB
 
 
 def check_points(points: Tensor, name: str = 'points') -> None:
@@ -159,8 +160,7 @@ def neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
 
 def _neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
     if points.device.type != 'cpu' or _tracing():
-        keys = _ranked_keys(query, points)
-        return keys.topk(k, dim=-1, largest=False)[0] & _index_mask(points.shape[1])
+        return _by_topk(query, points, k)
     select = _by_tree if points.shape[1] >= TREE_POINTS else _by_partition
     return torch.stack([select(q, p, k) for q, p in zip(query, points)]) if len(points) else \
         torch.empty(*query.shape[:2], k, dtype=torch.int64)
@@ -183,6 +183,14 @@ def _ranked_keys(query: Tensor, points: Tensor) -> Tensor:
     N = points.shape[-2]
     index = torch.arange(N, device=points.device)
     return distance.view(torch.int64).bitwise_and_(~_index_mask(N)).bitwise_or_(index)
+
+
+def _by_topk(query: Tensor, points: Tensor, k: int) -> Tensor:
+    """Neighbours in all clouds, comparing every pair, as many queries at a time as ``DEVICE_CHUNK`` allows."""
+    B, N, _ = points.shape
+    parts = [query] if _tracing() else query.split(max(1, DEVICE_CHUNK // max(1, B * N)), 1)
+    found = [_ranked_keys(part, points).topk(k, dim=-1, largest=False)[0] for part in parts]
+    return torch.cat(found, 1) & _index_mask(N)
 
 
 def _by_partition(query: Tensor, points: Tensor, k: int) -> Tensor:
