@@ -78,6 +78,18 @@ def test_resume_inside_an_epoch_is_exact(whole, tmp_path):
         assert same(read_checkpoint(whole / 'epoch_3.pth')[key], read_checkpoint(tmp_path / 'epoch_3.pth')[key]), key
 
 
+def test_resume_between_two_steps_of_an_accumulation_is_exact(tmp_path):
+    """Six iterations an epoch in groups of four: the first epoch ends with half a step's gradients."""
+    configs = [toy_config(tmp_path / name, ewa=True, epochs=2) for name in 'ab']
+    for cfg in configs:
+        cfg['optim_wrapper']['accumulative_counts'] = 4
+    train(configs[0])
+    train(configs[1], stop_after=1)
+    assert 'gradients' in read_checkpoint(tmp_path / 'b' / 'epoch_1.pth')
+    train({**configs[1], 'resume': True})
+    assert_same_run(tmp_path / 'a', tmp_path / 'b', 2)
+
+
 def test_generators_matter(whole, tmp_path):
     """The test above would notice: without the generators' state, the resumed run is another one."""
     cfg = toy_config(tmp_path, **HARD)

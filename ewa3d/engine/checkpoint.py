@@ -10,8 +10,8 @@ it), or a ``.safetensors`` file with weights only. Keys:
     ``dataset_meta``, ``versions``, ``time``, ``metrics``, ``weights`` (``'raw'``, or ``'ema'`` when averaged);
 ``state_dict``
     the weights one would deploy: the averaged ones where the run has a model EMA;
-``ema_state_dict``, ``optimizer``, ``param_schedulers``, ``rng``, ``message_hub``
-    what resuming needs; absent in best and fused checkpoints.
+``ema_state_dict``, ``optimizer``, ``param_schedulers``, ``rng``, ``message_hub``, ``gradients``
+    what resuming needs (gradients only between two steps of an accumulation); absent in best and fused checkpoints.
 
 Nothing in a file is ever executed: pickles are read with an allow-list, configs are data.
 """

@@ -194,26 +194,23 @@ class MetricsHook(Hook):
 
     def __init__(self):
         self._started = self._eval_started = 0.0
-        self._iterations = 0
+        self._lengths: dict[str, int] = {}
 
     def before_train(self, runner) -> None:
         if is_main_process():
             _trim_metrics(self._path(runner), runner)
 
     def before_train_epoch(self, runner) -> None:
-        self._started, self._iterations = time.perf_counter(), 0
-
-    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        self._iterations += 1
+        self._started = time.perf_counter()
+        self._lengths = {name: len(history.data[0]) for name, history in runner.message_hub.log_scalars.items()}
 
     def after_train_epoch(self, runner) -> None:
-        if not self._iterations:
-            return
         line = {}
         for name, history in runner.message_hub.log_scalars.items():
             mode, _, key = name.partition('/')
-            if mode == 'train' and key not in ('time', 'data_time'):
-                line[key] = float(history.current() if key in self.LAST else history.mean(self._iterations))
+            new = len(history.data[0]) - self._lengths.get(name, 0)  # not the same for all: norms come once a step
+            if mode == 'train' and key not in ('time', 'data_time') and new:
+                line[key] = float(history.current() if key in self.LAST else history.mean(new))
         self._write(runner, 'train', runner.epoch + 1, line, time.perf_counter() - self._started)
 
     def before_val_epoch(self, runner) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_distributed, is_main_process
+from mmengine.dist import all_gather_object, is_distributed, is_main_process
 from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner import Runner as _Runner
 from mmengine.visualization import Visualizer
@@ -339,6 +339,7 @@ class Runner(_Runner):
             for name, schedulers in groups.items():
                 for scheduler, state in zip(schedulers, saved.get(name, ())):
                     scheduler.load_state_dict(state)
+        self._restore_gradients(checkpoint.get('gradients'))
         self.logger.info(f'resumed {filename} after epoch {self.epoch}, iteration {self.iter}')
 
     def _warn_differences(self, meta: Mapping) -> None:
@@ -368,6 +369,7 @@ class Runner(_Runner):
         checkpoint = dict(meta={**position, **(meta or {})}, state_dict=dict(unwrapped(self.model).state_dict()))
         if save_optimizer:
             checkpoint['optimizer'] = self.optim_wrapper.state_dict()
+            checkpoint.update(self._accumulated_gradients())
         if save_param_scheduler and self.param_schedulers:
             states = self.param_schedulers
             checkpoint['param_schedulers'] = (
@@ -383,6 +385,19 @@ class Runner(_Runner):
                 checkpoint.pop(key, None)
         checkpoint['meta'] = self._meta(checkpoint)
         write_checkpoint(Path(out_dir) / filename, **checkpoint)
+
+    def _accumulated_gradients(self) -> dict:
+        """Where an epoch ends between two optimizer steps, each rank's gradients so far are part of the state."""
+        if self.optim_wrapper.should_update():
+            return {}
+        named = unwrapped(self.model).named_parameters()
+        return dict(gradients=all_gather_object({k: p.grad.cpu() for k, p in named if p.grad is not None}))
+
+    def _restore_gradients(self, gradients: list | None) -> None:
+        if gradients and len(gradients) == self.world_size:
+            for name, parameter in unwrapped(self.model).named_parameters():
+                if name in gradients[self.rank]:
+                    parameter.grad = gradients[self.rank][name].to(parameter.device, copy=True)
 
     def _meta(self, checkpoint: dict) -> dict:
         dataset_meta = getattr(self.train_dataloader.dataset, 'metainfo', None) or {}
