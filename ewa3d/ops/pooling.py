@@ -1,6 +1,7 @@
 """Maximum over the points of a patch, with a backward that does not count in 64-bit integers."""
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ['patch_max']
 
@@ -16,6 +17,7 @@ class _PatchMax(torch.autograd.Function):
         return maximum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         x, maximum = ctx.saved_tensors
         mask = torch.eq(x, maximum.unsqueeze(1), out=torch.empty_like(x))  # (P, K, C), ones at the maxima
