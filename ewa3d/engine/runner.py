@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dist import all_gather_object, is_distributed, is_main_process
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner import Runner as _Runner
 from mmengine.visualization import Visualizer
@@ -388,7 +389,7 @@ class Runner(_Runner):
 
     def _accumulated_gradients(self) -> dict:
         """Where an epoch ends between two optimizer steps, each rank's gradients so far are part of the state."""
-        if self.optim_wrapper.should_update():
+        if isinstance(self.optim_wrapper, OptimWrapperDict) or self.optim_wrapper.should_update():
             return {}
         named = unwrapped(self.model).named_parameters()
         return dict(gradients=all_gather_object({k: p.grad.cpu() for k, p in named if p.grad is not None}))

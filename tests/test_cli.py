@@ -1,0 +1,320 @@
+"""The commands: train, test, fuse, from end to end, and what they say about mistakes."""
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_toys import same, toy_config, write_config
+
+from ewa3d import cli, fusing
+from ewa3d.engine.checkpoint import read_checkpoint, write_checkpoint
+from ewa3d.registry import MODELS
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def configs(folder: Path, **options) -> tuple[str, str]:
+    """An EWA config and its plain twin, as files."""
+    paths = []
+    for name, ewa in (('ewa', True), ('plain', False)):
+        cfg = toy_config('x', ewa=ewa, epochs=1, **options)
+        del cfg['work_dir']
+        paths.append(str(write_config(folder / f'{name}.py', cfg)))
+    return tuple(paths)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with ``ewa.py``, ``plain.py`` and the work dir ``run`` of the first, trained with EMA."""
+    folder = tmp_path_factory.mktemp('cli')
+    ewa, _ = configs(folder, ema=True)
+    assert cli.main(['train', ewa, '--work-dir', str(folder / 'run')]) == 0
+    return folder
+
+
+def fails(capsys, *argv: str) -> str:
+    """The one line that a mistake gives."""
+    capsys.readouterr()
+    assert cli.main(list(argv)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and error.count('\n') == 1, error
+    return error
+
+
+# ---- from end to end -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+@pytest.mark.parametrize('weights', ['default', 'raw'])
+def test_train_test_fuse_test(trained, tmp_path, capsys, suffix, weights):
+    checkpoint, out = str(trained / 'run' / 'epoch_1.pth'), str(tmp_path / 'new' / f'fused.{suffix}')
+    assert cli.main(['fuse', checkpoint, out, '--weights', weights]) == 0
+    text = capsys.readouterr().out
+    assert 'EWAFFN' in text and 'difference in float32' in text and f'wrote {out}' in text
+    results = []
+    for name, path, extra in (('ewa', checkpoint, ['--weights', weights]), ('plain', out, [])):
+        folder = tmp_path / name
+        assert cli.main(['test', str(trained / f'{name}.py'), path, '--work-dir', str(folder), *extra]) == 0
+        assert 'OA' in capsys.readouterr().out
+        results.append(json.loads((folder / 'metrics.json').read_text()))
+    expanded, fused = results
+    assert expanded.pop('config') != fused.pop('config') and expanded.pop('checkpoint') != fused.pop('checkpoint')
+    assert expanded == fused
+    assert fused['dataset'] == 'ToyClouds' and fused['split'] == 'test' and fused['samples'] == 9
+    assert fused['points'] == 48 and fused['seed'] == 0 and fused['weights'] == ('raw' if weights == 'raw' else 'ema')
+    assert all(isinstance(v, (int, float, str)) for v in fused.values()) and 0 <= fused['mAcc'] <= 100
+
+
+def test_the_fused_file_is_plain(trained, tmp_path):
+    out = tmp_path / 'fused.pth'
+    assert cli.main(['fuse', str(trained / 'run' / 'epoch_1.pth'), str(out)]) == 0
+    fused = read_checkpoint(out)
+    cfg = fused['meta']['cfg']
+    assert 'expand' not in cfg['model'] and 'ewa' not in cfg['default_hooks']
+    assert not {'optimizer', 'rng', 'ema_state_dict'} & fused.keys()
+    assert fused['meta']['fused']['modules'] == 2 and fused['meta']['epoch'] == 1
+    plain = MODELS.build(cfg['model'])
+    assert set(plain.state_dict()) == set(fused['state_dict'])
+    again = tmp_path / 'again.pth'
+    assert cli.main(['fuse', str(out), str(again)]) == 0  # nothing to fuse, written all the same
+    assert same(read_checkpoint(again)['state_dict'], fused['state_dict'])
+
+
+def test_tools_and_synthetic_shapes(tmp_path):
+    """The scripts themselves, on the embedded data set: other weights than before, and the same numbers fused."""
+    cfg = toy_config('x', ewa=True, epochs=1)
+    del cfg['work_dir']
+    pipeline = [dict(type='Normalize'), dict(type='Resample', num_points=64, method='random'), dict(type='Pack')]
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader']['dataset'] = dict(type='SyntheticShapes', num_samples=16, num_points=128,
+                                                     split='train' if split == 'train' else 'test', pipeline=pipeline)
+    config = write_config(tmp_path / 'c.py', cfg)
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(REPO), str(REPO / 'tests')]), OMP_NUM_THREADS='1')
+
+    def tool(name, *argv):
+        done = subprocess.run([sys.executable, str(REPO / 'tools' / f'{name}.py'), *map(str, argv)], env=env,
+                              cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    tool('train', config, '--seed', 3, '--cfg-options', 'optim_wrapper.optimizer.lr=0.01')
+    run = tmp_path / 'work_dirs' / 'c'
+    assert read_checkpoint(run / 'epoch_1.pth')['meta']['seed'] == 3
+    assert 'refused' not in tool('fuse', run / 'epoch_1.pth', 'f.pth')
+    assert 'OA' in tool('test', config, 'work_dirs/c/epoch_1.pth', '--work-dir', 'e')
+    assert json.loads((tmp_path / 'e' / 'metrics.json').read_text())['points'] == 64
+
+
+def test_the_dumped_config_is_a_config(trained, tmp_path):
+    config = trained / 'run' / 'config.py'
+    assert cli.main(['train', str(config), '--work-dir', str(tmp_path)]) == 0
+    assert same(read_checkpoint(tmp_path / 'epoch_1.pth')['state_dict'],
+                read_checkpoint(trained / 'run' / 'epoch_1.pth')['state_dict'])
+
+
+def test_print_config(trained, capsys):
+    capsys.readouterr()
+    assert cli.main(['train', str(trained / 'ewa.py'), '--print-config', '--amp', '--seed', '7',
+                     '--cfg-options', 'train_cfg.max_epochs=9']) == 0
+    text = capsys.readouterr().out
+    assert 'num_classes=3' in text and 'max_epochs=9' in text and 'AutocastOptimWrapper' in text and 'seed=7' in text
+
+
+def test_resume_keeps_the_seed(tmp_path):
+    _, plain = configs(tmp_path)
+    run = ['train', plain, '--work-dir', str(tmp_path / 'run')]
+    assert cli.main([*run, '--seed', '5']) == 0
+    assert cli.main([*run, '--resume', '--cfg-options', 'train_cfg.max_epochs=2']) == 0
+    assert read_checkpoint(tmp_path / 'run' / 'epoch_2.pth')['meta']['seed'] == 5
+    assert cli.main([*run, '--resume', str(tmp_path / 'run' / 'epoch_1.pth')]) == 0
+
+
+def test_amp(tmp_path):
+    ewa, _ = configs(tmp_path)
+    assert cli.main(['train', ewa, '--work-dir', str(tmp_path / 'run'), '--amp']) == 0
+    cfg = read_checkpoint(tmp_path / 'run' / 'epoch_1.pth')['meta']['cfg']
+    assert cfg['optim_wrapper']['type'] == 'AutocastOptimWrapper'
+
+
+def test_official_weights_are_taken_too(trained, tmp_path):
+    """A plain state dict without any of our keys."""
+    fused = tmp_path / 'f.pth'
+    cli.main(['fuse', str(trained / 'run' / 'epoch_1.pth'), str(fused)])
+    torch.save(dict(base_model={f'module.{k}': v for k, v in read_checkpoint(fused)['state_dict'].items()}),
+               tmp_path / 'foreign.pth')
+    assert cli.main(['test', str(trained / 'plain.py'), str(tmp_path / 'foreign.pth'), '--work-dir',
+                     str(tmp_path / 'w')]) == 0
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+def test_mistakes_in_train(trained, tmp_path, capsys):
+    plain, work = str(trained / 'plain.py'), ['--work-dir', str(tmp_path / 'w')]
+    assert 'nothing.py' in fails(capsys, 'train', 'nothing.py')
+    (tmp_path / 'broken.py').write_text('model = dict(\n')
+    assert 'broken.py' in fails(capsys, 'train', str(tmp_path / 'broken.py'))
+    (tmp_path / 'raising.py').write_text('model = 1 / 0\n')
+    assert 'ZeroDivisionError' in fails(capsys, 'train', str(tmp_path / 'raising.py'))
+    option = lambda text: fails(capsys, 'train', plain, *work, '--cfg-options', text)  # noqa: E731
+    assert "'train_cfg'" in option('trian_cfg.max_epochs=1')
+    assert "'max_epochs'" in option('train_cfg.max_epoch=1')
+    assert "model.backbone" in option('model.backbone.depht=1')
+    assert "'ToyClouds'" in option('train_dataloader.dataset.type=ToyCloud')
+    assert 'no such checkpoint' in fails(capsys, 'train', plain, *work, '--resume', str(tmp_path / 'x.pth'))
+    assert not (tmp_path / 'w').exists()  # nothing was begun
+    with pytest.raises(KeyError):
+        cli.main(['train', plain, *work, '--debug', '--cfg-options', 'model.type=X'])
+
+
+def test_a_data_worker_error_is_one_line(tmp_path, capsys):
+    _, plain = configs(tmp_path, workers=1)
+    error = fails(capsys, 'train', plain, '--work-dir', str(tmp_path / 'w'),
+                  '--cfg-options', 'train_dataloader.dataset.num_points=-1')
+    assert 'negative dimensions' in error and 'Traceback' not in error
+    assert 'Traceback' in (tmp_path / 'w' / 'train.log').read_text()
+
+
+def test_mistakes_in_test(trained, tmp_path, capsys):
+    checkpoint, work = str(trained / 'run' / 'epoch_1.pth'), ['--work-dir', str(tmp_path)]
+    assert 'does not exist' in fails(capsys, 'test', str(trained / 'ewa.py'), 'nothing.pth', *work)
+    assert 'fuse it with tools/fuse.py' in fails(capsys, 'test', str(trained / 'plain.py'), checkpoint, *work)
+    error = fails(capsys, 'test', str(trained / 'ewa.py'), checkpoint, *work, '--cfg-options',
+                  'test_dataloader.dataset.classes=[a,b]')
+    assert '3 in the checkpoint, 2 in the model' in error
+    error = fails(capsys, 'test', str(trained / 'ewa.py'), checkpoint, *work, '--cfg-options',
+                  'test_dataloader.dataset.classes=[round,flat,long]')
+    assert 'another order' in error
+    error = fails(capsys, 'test', str(trained / 'ewa.py'), checkpoint, *work, '--cfg-options', 'model.backbone.depth=3')
+    assert 'missing' in error
+    assert not (tmp_path / 'metrics.json').exists()
+
+
+def test_mistakes_in_fuse(trained, tmp_path, capsys):
+    checkpoint = str(trained / 'run' / 'epoch_1.pth')
+    before = Path(checkpoint).read_bytes()
+    assert '.safetensors' in fails(capsys, 'fuse', checkpoint, str(tmp_path / 'out.onnx'))
+    assert 'is the checkpoint itself' in fails(capsys, 'fuse', checkpoint, str(trained / 'run' / '..' / 'run' /
+                                                                               'epoch_1.pth'))
+    (tmp_path / 'folder.pth').mkdir()
+    assert 'folder' in fails(capsys, 'fuse', checkpoint, str(tmp_path / 'folder.pth'))
+    assert 'does not exist' in fails(capsys, 'fuse', 'nothing.pth', str(tmp_path / 'out.pth'))
+    torch.save(dict(a=torch.ones(2)), tmp_path / 'plain.pth')
+    assert '--config' in fails(capsys, 'fuse', str(tmp_path / 'plain.pth'), str(tmp_path / 'out.pth'))
+    assert Path(checkpoint).read_bytes() == before and not (tmp_path / 'out.pth').exists()
+
+
+def test_a_difference_is_refused(trained, tmp_path, capsys, monkeypatch):
+    def wrong(model):
+        from ewa3d.reparam import fuse
+        report = fuse(model)
+        with torch.no_grad():
+            model.backbone.blocks[0].mlp.fc1.weight.mul_(1.1)
+        return report
+
+    monkeypatch.setattr(fusing, 'fuse', wrong)
+    out = tmp_path / 'out.pth'
+    assert cli.main(['fuse', str(trained / 'run' / 'epoch_1.pth'), str(out)]) == 1
+    assert 'refused to write' in capsys.readouterr().out and not out.exists()
+
+
+def test_not_a_number_is_refused(trained, tmp_path):
+    content = read_checkpoint(trained / 'run' / 'epoch_1.pth')
+    content['state_dict']['backbone.norm.weight'][0] = float('nan')
+    bad = write_checkpoint(tmp_path / 'bad.pth', content['state_dict'], content['meta'])
+    assert cli.main(['fuse', str(bad), str(tmp_path / 'out.pth')]) == 1
+    assert not (tmp_path / 'out.pth').exists()
+
+
+# ---- hostile ---------------------------------------------------------------------------------------------------------
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.marker}',)
+
+
+def test_hostile_pickles_are_refused_by_every_command(trained, tmp_path, capsys):
+    marker, evil = tmp_path / 'marker', str(tmp_path / 'evil.pth')
+    torch.save(dict(state_dict={}, meta=Evil(marker), optimizer={}), evil)
+    (tmp_path / 'raw.pth').write_bytes(pickle.dumps(Evil(marker)))
+    ewa, work = str(trained / 'ewa.py'), ['--work-dir', str(tmp_path / 'w')]
+    assert 'system' in fails(capsys, 'fuse', evil, str(tmp_path / 'out.pth'))
+    fails(capsys, 'fuse', str(tmp_path / 'raw.pth'), str(tmp_path / 'out.pth'))
+    assert 'system' in fails(capsys, 'test', ewa, evil, *work)
+    assert 'system' in fails(capsys, 'train', ewa, *work, '--resume', evil)
+    assert 'system' in fails(capsys, 'train', ewa, *work, '--cfg-options', f'load_from={evil}')
+    assert not marker.exists() and not (tmp_path / 'out.pth').exists()
+
+
+def test_hostile_configs_are_refused(trained, tmp_path, capsys):
+    content = read_checkpoint(trained / 'run' / 'epoch_1.pth')
+    marker = tmp_path / 'marker'
+    module = tmp_path / 'evil_module.py'
+    module.write_text(f'open({str(marker)!r}, "w").close()\n')
+    sys.path.insert(0, str(tmp_path))
+    code = f'__import__("os").system("touch {marker}")'
+    try:
+        for change in (dict(type='os.system', command=f'touch {marker}'), dict(type='builtins.eval', source=code),
+                       dict(type='evil_module.X'), dict(type='subprocess.run'), dict(type='eval'),
+                       dict(_scope_='evil_module'), dict(custom_imports=dict(imports=['evil_module'])),
+                       dict(_base_=str(module)), dict(type='torch.nn.Linear', in_features=1, out_features=1)):
+            meta = copy.deepcopy(content['meta'])
+            meta['cfg']['model']['head'].update(change)
+            bad = write_checkpoint(tmp_path / 'bad.pth', content['state_dict'], meta)
+            fails(capsys, 'fuse', str(bad), str(tmp_path / 'out.pth'))
+        for cfg in (code, f'model = {code}', dict(custom_imports=dict(imports=['evil_module']), model=code)):
+            bad = write_checkpoint(tmp_path / 'bad.pth', content['state_dict'], dict(content['meta'], cfg=cfg))
+            assert '--config' in fails(capsys, 'fuse', str(bad), str(tmp_path / 'out.pth'))
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert not marker.exists() and 'evil_module' not in sys.modules and not (tmp_path / 'out.pth').exists()
+
+
+def test_files_named_in_a_stored_config_are_not_read(trained, tmp_path, capsys):
+    content = read_checkpoint(trained / 'run' / 'epoch_1.pth')
+    meta = copy.deepcopy(content['meta'])
+    meta['cfg']['model']['pretrained'] = '/etc/passwd'
+    meta['cfg']['test_dataloader']['dataset'].update(type='ModelNet', data_root='/etc', cache_dir=str(tmp_path / 'c'))
+    odd = write_checkpoint(tmp_path / 'odd.pth', content['state_dict'], meta)
+    assert cli.main(['fuse', str(odd), str(tmp_path / 'out.pth')]) == 0
+    assert 'pretrained' not in read_checkpoint(tmp_path / 'out.pth')['meta']['cfg']['model']
+    assert not (tmp_path / 'c').exists()
+
+
+def test_custom_models_are_fused_with_a_trusted_config(trained, tmp_path, capsys):
+    """A type that only the user's own module registers: the stored config is not enough, ``--config`` is."""
+    (tmp_path / 'my_models.py').write_text(
+        'from ewa3d.models.task import TaskModel\nfrom ewa3d.registry import MODELS\n\n\n'
+        '@MODELS.register_module(force=True)\nclass MyOwnModel(TaskModel):\n    pass\n')
+    cfg = toy_config('x', ewa=True, epochs=1)
+    del cfg['work_dir']
+    cfg['model']['type'] = 'MyOwnModel'
+    write_config(tmp_path / 'mine.py', cfg)
+    text = (tmp_path / 'mine.py').read_text().replace("['engine_toys']", "['engine_toys', 'my_models']")
+    (tmp_path / 'mine.py').write_text(text)
+    content = read_checkpoint(trained / 'run' / 'epoch_1.pth')
+    meta = copy.deepcopy(content['meta'])
+    meta['cfg']['model']['type'] = 'MyOwnModel'
+    mine, out = write_checkpoint(tmp_path / 'mine.pth', content['state_dict'], meta), str(tmp_path / 'out.pth')
+    MODELS._module_dict.pop('MyOwnModel', None)
+    assert "'MyOwnModel' is not a registered model" in fails(capsys, 'fuse', str(mine), out)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        assert cli.main(['fuse', str(mine), out, '--config', str(tmp_path / 'mine.py')]) == 0
+    finally:
+        sys.path.remove(str(tmp_path))
+        MODELS._module_dict.pop('MyOwnModel', None)
+        sys.modules.pop('my_models', None)
+
+
+def test_help(capsys):
+    for argv in (['--help'], ['train', '--help'], ['test', '--help'], ['fuse', '--help']):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(argv)
+        assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['train'])
+    assert stop.value.code == 2
