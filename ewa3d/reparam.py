@@ -136,8 +136,8 @@ def expand(model: nn.Module, rules: dict | Iterable[dict]) -> Report:
 def fuse(model: nn.Module) -> Report:
     """Turn every Reparam in ``model`` back into its plain module, in place.
 
-    Parents come first, and what a ``fuse()`` returned is looked at again (average the experts first, fold what is inside
-    them after), until only Reparams that stay are left.
+    Parents come first, and what a ``fuse()`` returned is looked at again (average the experts first, fold what is
+    inside them after), until only Reparams that stay are left.
 
     An optimizer, EMA or DDP made before holds the old parameters; a warning in the log says so.
 

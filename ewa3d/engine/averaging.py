@@ -109,8 +109,8 @@ def attach_ewa(optimizer: Optimizer, model: nn.Module, share_rate: float = 0.3,
             averaged by another handle, or a number is out of range.
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, or a count no integer.
     """
-    return ExpertAveraging(optimizer, model, ShareRate(share_rate, schedule, total_steps, begin, end), start_step, every,
-                           average_moments)
+    rate = ShareRate(share_rate, schedule, total_steps, begin, end)
+    return ExpertAveraging(optimizer, model, rate, start_step, every, average_moments)
 
 
 class ExpertAveraging:

@@ -97,7 +97,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class ParamGroups:
-    """:func:`param_groups` for mmengine: ``optim_wrapper=dict(..., constructor='ParamGroups', paramwise_cfg=dict(...))``.
+    """:func:`param_groups` for mmengine: ``optim_wrapper=dict(constructor='ParamGroups', paramwise_cfg=dict(...))``.
 
     Schedulers scale each group's own initial learning rate, so the experts' multiplier lasts.
 

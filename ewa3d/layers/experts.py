@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ewa3d.layers.partition import Partition, expert_layer_norm, expert_linear, scale_grad, uniform_partition
+from ewa3d.layers.partition import (
+    Partition,
+    autocast_dtype,
+    expert_layer_norm,
+    expert_linear,
+    scale_grad,
+    uniform_partition,
+)
 from ewa3d.registry import MODELS, nearest
 from ewa3d.reparam import Reparam
 
@@ -148,8 +155,11 @@ class EWAFFN(StackedExperts):
 
     def _run_batched(self, tokens: Tensor, parts: Partition) -> Tensor:
         """A known layout, all experts at once: ``(T, C)`` to ``(T, C')``."""
+        layers = list(self._modules.values())
+        if isinstance(layers[0], nn.Linear):
+            tokens = tokens.to(autocast_dtype(tokens))  # before it is gathered, not after
         y = parts.dispatch(tokens)
-        for layer in self._modules.values():
+        for layer in layers:
             if isinstance(layer, nn.Linear):
                 y = expert_linear(y, *self._scaled(layer))
             elif isinstance(layer, nn.LayerNorm):
@@ -226,7 +236,7 @@ _POINTWISE = {nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU,
 
 
 def _known_layout(plain: nn.Module) -> bool:
-    """``plain`` calls its children one after the other, and each of them is of a kind that runs for all experts at once.
+    """``plain`` calls its children one after the other, and each of them is of a kind that can run for all experts.
 
     Classes are compared exactly: a subclass, a parametrized layer, a hook or a patched forward means unknown code.
     """
