@@ -10,6 +10,6 @@ model = dict(
         depth=6,
         num_heads=4),
     head=dict(label_smoothing=0.1))
-optim_wrapper = dict(type='AutocastOptimWrapper', optimizer=dict(lr=1e-3))
+optim_wrapper = dict(type='AutocastOptimWrapper', optimizer=dict(lr=2e-3))
 param_scheduler = dict(warmup=0.05)
 train_cfg = dict(max_epochs=60)

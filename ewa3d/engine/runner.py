@@ -34,6 +34,7 @@ from ewa3d.engine.checkpoint import (
     write_checkpoint,
 )
 from ewa3d.engine.hooks import unwrapped
+from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.validate import check_config, fill_num_classes, selection
 from ewa3d.registry import LOOPS, PARAM_SCHEDULERS, RUNNERS
 
@@ -131,6 +132,7 @@ class Runner(_Runner):
         if self.distributed and not is_distributed() and not torch.cuda.is_available():
             _init_gloo(self._launcher)
         super().setup_env(dict(env_cfg or {}))
+        keep_freed_memory()
 
     def build_logger(self, log_level='INFO', log_file=None, **kwargs):
         return super().build_logger(log_level, log_file or os.path.join(self._work_dir, self.log_name), **kwargs)
