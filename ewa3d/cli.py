@@ -15,7 +15,7 @@ USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxErro
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 1 (``fuse`` refused to write), 2 (a mistake in the input)."""
+    """Run a command; returns its exit code: 0, 1 (``fuse`` refuses to write), 2 (bad input), 130 (interrupted)."""
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f'error: {one_line(error)}\n')
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write('interrupted; train --resume continues from the last checkpoint\n')
+        return 130
 
 
 def one_line(error: BaseException) -> str:

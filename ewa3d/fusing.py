@@ -1,5 +1,6 @@
 """From the checkpoint of an expanded model to a file with plain weights, with the proof that nothing changed."""
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,13 @@ from ewa3d.engine.checkpoint import (
     read_checkpoint,
     select_weights,
     to_plain,
-    trusted_part,
     write_checkpoint,
 )
 from ewa3d.registry import MODELS
 from ewa3d.reparam import fuse
 
-__all__ = ['FuseReport', 'fuse_checkpoint', 'example_inputs', 'output_difference', 'plain_config']
+__all__ = ['FuseReport', 'fuse_checkpoint', 'example_inputs', 'output_difference', 'plain_config',
+           'trusted_part']
 
 TOLERANCE = 1e-5
 
@@ -117,6 +118,33 @@ def _config_of(meta: Mapping, config: Mapping | None, checkpoint: Path) -> dict:
         what = 'its config is text, which would have to be executed' if isinstance(stored, str) else 'it has no config'
         raise ValueError(f'{checkpoint}: {what}; give a config that you trust with --config')
     return {**stored, 'model': trusted_part(stored['model'], str(checkpoint))}
+
+
+_REFUSED_KEYS = ('_scope_', '_base_', 'custom_imports')  # would import or read code
+_DROPPED_KEYS = ('pretrained', 'init_cfg', 'checkpoint', 'checkpoint_path')  # would read files; the weights are here
+
+
+def trusted_part(cfg, name: str = 'checkpoint'):
+    """A model config from a file, reduced to what is safe to build: registered names and plain values.
+
+    Types are looked up in the registries alone (``ewa3d/registry.py`` imports nothing by name). Keys that would read
+    other files are dropped: they did their work before the checkpoint was written.
+
+    Raises:
+        ValueError: a type that is no plain registered name, or a key that would import code.
+    """
+    if isinstance(cfg, Mapping):
+        kind = cfg.get('type')
+        if kind is not None and not (isinstance(kind, str) and re.fullmatch(r'((ewa3d|mmengine)\.)?\w+', kind)):
+            raise ValueError(f'{name} was refused: its config names the type {kind!r}; only names that are registered '
+                             'in ewa3d are built')
+        for key in _REFUSED_KEYS:
+            if key in cfg:
+                raise ValueError(f'{name} was refused: its model config has the key {key!r}, which would import code')
+        return {k: trusted_part(v, name) for k, v in cfg.items() if k not in _DROPPED_KEYS}
+    if isinstance(cfg, (list, tuple)):
+        return [trusted_part(v, name) for v in cfg]
+    return cfg
 
 
 def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:

@@ -2,11 +2,21 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import Dataset
 
 from ewa3d.registry import DATASETS
 from ewa3d.structures import Sample
+
+
+@pytest.fixture(autouse=True, scope='module')
+def on_cpu():
+    """Bit-exactness is promised for the CPU; modules that import this run there, whatever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.runner.runner.get_device', lambda: 'cpu')
+        yield
+
 
 CLASSES = ('flat', 'round', 'long')
 

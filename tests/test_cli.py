@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_toys import same, toy_config, write_config
+from engine_toys import on_cpu, same, toy_config, write_config  # noqa: F401
 
 from ewa3d import cli, fusing
 from ewa3d.engine.checkpoint import read_checkpoint, write_checkpoint
@@ -92,7 +92,8 @@ def test_tools_and_synthetic_shapes(tmp_path):
         cfg[f'{split}_dataloader']['dataset'] = dict(type='SyntheticShapes', num_samples=16, num_points=128,
                                                      split='train' if split == 'train' else 'test', pipeline=pipeline)
     config = write_config(tmp_path / 'c.py', cfg)
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(REPO), str(REPO / 'tests')]), OMP_NUM_THREADS='1')
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(REPO), str(REPO / 'tests')]), OMP_NUM_THREADS='1',
+               CUDA_VISIBLE_DEVICES='')
 
     def tool(name, *argv):
         done = subprocess.run([sys.executable, str(REPO / 'tools' / f'{name}.py'), *map(str, argv)], env=env,
@@ -273,6 +274,19 @@ def test_hostile_configs_are_refused(trained, tmp_path, capsys):
     assert not marker.exists() and 'evil_module' not in sys.modules and not (tmp_path / 'out.pth').exists()
 
 
+def test_trusted_part():
+    cfg = dict(type='TaskModel', pretrained='/etc/passwd', backbone=dict(type='ewa3d.TokenEncoder', depth=2,
+               init_cfg=dict(type='Pretrained', checkpoint='x')), layers=[dict(type='Linear', checkpoint='y')])
+    assert fusing.trusted_part(cfg) == dict(type='TaskModel', backbone=dict(type='ewa3d.TokenEncoder', depth=2),
+                                     layers=[dict(type='Linear')])
+    for name in ('os.system', 'builtins.eval', 'torch.hub.load', 'ewa3d.models.TaskModel', 'a b', '', 3, ['eval']):
+        with pytest.raises(ValueError, match='only names that are registered'):
+            fusing.trusted_part(dict(type='TaskModel', head=dict(type=name)))
+    for key in ('custom_imports', '_base_', '_scope_'):
+        with pytest.raises(ValueError, match=key):
+            fusing.trusted_part(dict(type='TaskModel', head=[{key: 'evil'}]))
+
+
 def test_files_named_in_a_stored_config_are_not_read(trained, tmp_path, capsys):
     content = read_checkpoint(trained / 'run' / 'epoch_1.pth')
     meta = copy.deepcopy(content['meta'])
@@ -308,6 +322,56 @@ def test_custom_models_are_fused_with_a_trusted_config(trained, tmp_path, capsys
         sys.path.remove(str(tmp_path))
         MODELS._module_dict.pop('MyOwnModel', None)
         sys.modules.pop('my_models', None)
+
+
+def test_what_stays_keeps_its_rule(trained, tmp_path, monkeypatch):
+    """A Reparam that has no plain form is reported as kept; the written config still expands into it."""
+    from ewa3d.reparam import Reparam
+
+    class StaysHere(Reparam):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        @classmethod
+        def expand(cls, plain):
+            return cls(copy.deepcopy(plain))
+
+        def fuse(self):
+            return self
+
+        def forward(self, x):
+            return self.inner(x)
+
+    monkeypatch.setitem(MODELS._module_dict, 'StaysHere', StaysHere)
+    content = read_checkpoint(trained / 'run' / 'epoch_1.pth')
+    meta = copy.deepcopy(content['meta'])
+    meta['cfg']['model']['expand'].append(dict(type='StaysHere', at='backbone.blocks.0.attn'))
+    model = MODELS.build(meta['cfg']['model'])
+    mixed = write_checkpoint(tmp_path / 'mixed.pth', model.state_dict(), meta)
+    report = fusing.fuse_checkpoint(mixed, tmp_path / 'out.pth')
+    assert report.written and (report.fused, report.kept) == (2, 1) and 'StaysHere' in str(report)
+    cfg = read_checkpoint(tmp_path / 'out.pth')['meta']['cfg']
+    assert [rule['type'] for rule in cfg['model']['expand']] == ['StaysHere']
+
+
+def test_example_inputs_have_the_models_shape():
+    cfg = dict(toy_config('x'), test_dataloader=dict(dataset=dict(type='X', pipeline=[dict(num_points=77)])))
+    assert fusing.example_inputs(cfg)['points'].shape == (2, 77, 3)
+    cfg['model']['backbone']['tokenizer']['in_channels'] = 6
+    assert fusing.example_inputs(cfg)['points'].shape == (2, 77, 6)
+    cfg['test_dataloader']['dataset']['pipeline'][0]['num_points'] = 10**15
+    with pytest.raises(ValueError, match='clouds of'):
+        fusing.example_inputs(cfg)
+
+
+def test_an_interrupt_is_no_mistake(trained, monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, 'load_config', lambda *args: interrupted(args))
+    assert cli.main(['train', str(trained / 'ewa.py')]) == 130
+    assert '--resume' in capsys.readouterr().err
 
 
 def test_help(capsys):

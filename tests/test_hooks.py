@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from engine_toys import same, toy_config
+from engine_toys import on_cpu, same, toy_config  # noqa: F401
 from torch.utils.data import ConcatDataset, Subset
 
 from ewa3d.engine import hooks

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_toys import same, toy_config
+from engine_toys import on_cpu, same, toy_config  # noqa: F401
 
 from ewa3d.engine.checkpoint import find_last_checkpoint, read_checkpoint
 from ewa3d.engine.runner import Runner
 
-HARD = dict(ewa=True, ema=True, workers=1, epochs=3)
+HARD = dict(ewa=True, ema=True, workers=1, epochs=3,
+            optim_wrapper=dict(type='AutocastOptimWrapper', clip_grad=dict(max_norm=10), constructor='ParamGroups',
+                               paramwise_cfg=dict(expert_lr_mult=2.0),
+                               optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05, fused=True)))
 
 
 class Stop(Exception):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from engine_toys import CLASSES, same, toy_config
+from engine_toys import CLASSES, on_cpu, same, toy_config  # noqa: F401
 from mmengine.config import Config
 from torch.utils.data import DataLoader
 
@@ -231,3 +231,33 @@ def test_compiled_training_is_eager_training(tmp_path):
     assert a['state_dict'].keys() == b['state_dict'].keys()
     for key, value in a['state_dict'].items():
         torch.testing.assert_close(b['state_dict'][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_counted_in_iterations(tmp_path):
+    cfg = toy_config(tmp_path, ewa=True, train_cfg=dict(by_epoch=False, max_iters=7, val_interval=3))
+    cfg['train_dataloader']['sampler'] = dict(type='InfiniteSampler', shuffle=True)
+    cfg['default_hooks']['checkpoint'].update(by_epoch=False, interval=3)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.iter == 7 and sorted(p.name for p in tmp_path.glob('*.pth')) == ['iter_3.pth', 'iter_6.pth',
+                                                                                  'iter_7.pth']
+    assert runner.optim_wrapper.param_groups[0]['lr'] < 2e-4  # the schedule spans the iterations
+    resumed = Runner.from_cfg({**cfg, 'resume': str(tmp_path / 'iter_6.pth')})
+    resumed.train()
+    assert same(dict(resumed.model.state_dict()), dict(runner.model.state_dict()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_on_a_gpu(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr('mmengine.runner.runner.get_device', lambda: 'cuda')
+    cfg = toy_config(tmp_path, ewa=True, ema=True, epochs=1, workers=1)
+    if dtype != 'float32':
+        cfg['optim_wrapper'].update(type='AutocastOptimWrapper', dtype=dtype)
+    Runner.from_cfg(cfg).train()
+    longer = toy_config(tmp_path, ewa=True, ema=True, epochs=2, workers=1, optim_wrapper=cfg['optim_wrapper'])
+    runner = Runner.from_cfg({**longer, 'resume': True})
+    runner.train()
+    assert runner.iter == 12 and next(runner.model.parameters()).is_cuda
+    content = read_checkpoint(tmp_path / 'epoch_2.pth')
+    assert all(not v.is_cuda for v in content['state_dict'].values()) and 'cuda' in content['rng'][0]

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ['FORMAT_VERSION', 'read_checkpoint', 'write_checkpoint', 'select_weights', 'load_model_state', 'load_any',
-           'find_last_checkpoint', 'to_plain', 'atomic_write', 'trusted_part']
+           'find_last_checkpoint', 'to_plain', 'atomic_write']
 
 FORMAT_VERSION = 1
 SUFFIXES = ('.pth', '.safetensors')
@@ -386,30 +386,3 @@ def _likely_cause(state: dict, own: dict, shapes: list, matched: int) -> str:
     if matched * 2 < len(own):
         return 'It looks like a checkpoint of another model.'
     return 'The model was built with another config.'
-
-
-_REFUSED_KEYS = ('_scope_', '_base_', 'custom_imports')  # would import or read code
-_DROPPED_KEYS = ('pretrained', 'init_cfg', 'checkpoint', 'checkpoint_path')  # would read files; the weights are here
-
-
-def trusted_part(cfg, name: str = 'checkpoint'):
-    """A model config from a file, reduced to what is safe to build: registered names and plain values.
-
-    Types are looked up in the registries alone (``ewa3d/registry.py`` imports nothing by name). Keys that would read
-    other files are dropped: they did their work before the checkpoint was written.
-
-    Raises:
-        ValueError: a type that is no plain registered name, or a key that would import code.
-    """
-    if isinstance(cfg, Mapping):
-        kind = cfg.get('type')
-        if kind is not None and not (isinstance(kind, str) and re.fullmatch(r'((ewa3d|mmengine)\.)?\w+', kind)):
-            raise ValueError(f'{name} was refused: its config names the type {kind!r}; only names that are registered '
-                             'in ewa3d are built')
-        for key in _REFUSED_KEYS:
-            if key in cfg:
-                raise ValueError(f'{name} was refused: its model config has the key {key!r}, which would import code')
-        return {k: trusted_part(v, name) for k, v in cfg.items() if k not in _DROPPED_KEYS}
-    if isinstance(cfg, (list, tuple)):
-        return [trusted_part(v, name) for v in cfg]
-    return cfg

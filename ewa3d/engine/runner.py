@@ -4,12 +4,9 @@ A work dir holds ``config.py`` (resolved: it trains the same again), ``environme
 ``metrics.jsonl``, ``epoch_N.pth``, ``best_*.pth`` and ``last_checkpoint``.
 """
 import copy
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +30,7 @@ from ewa3d.engine.checkpoint import (
     to_plain,
     write_checkpoint,
 )
+from ewa3d.engine.environment import describe_environment, init_gloo, versions
 from ewa3d.engine.hooks import unwrapped
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.validate import check_config, fill_num_classes, selection
@@ -130,7 +128,7 @@ class Runner(_Runner):
     def setup_env(self, env_cfg: dict) -> None:
         """As mmengine's, and gloo where there is no GPU (its own set-up calls CUDA in every case)."""
         if self.distributed and not is_distributed() and not torch.cuda.is_available():
-            _init_gloo(self._launcher)
+            init_gloo(self._launcher)
         super().setup_env(dict(env_cfg or {}))
         keep_freed_memory()
 
@@ -308,7 +306,8 @@ class Runner(_Runner):
             self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         load_any(unwrapped(self.model), checkpoint, checkpoint.get('state_dict', {}), str(filename))
         self._has_loaded = True
-        self.logger.info(f'loaded {filename}')
+        kind = (checkpoint.get('meta') or {}).get('weights', 'raw')
+        self.logger.info(f'loaded {filename} ({kind} weights)')
         return checkpoint
 
     def resume(self, filename, resume_optimizer: bool = True, resume_param_scheduler: bool = True,
@@ -409,38 +408,3 @@ class Runner(_Runner):
                     seed=self.seed, world_size=self.world_size, cfg=self.cfg.to_dict(), dataset_meta=dict(dataset_meta),
                     weights='ema' if 'ema_state_dict' in checkpoint else 'raw', versions=versions(),
                     metrics=self.last_metrics if validated else {}, time=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
-
-
-def _init_gloo(launcher: str) -> None:
-    """A gloo process group from the variables that torchrun or slurm set."""
-    if launcher == 'slurm':
-        for ours, theirs in dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID').items():
-            os.environ.setdefault(ours, os.environ[theirs])
-        os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
-        os.environ.setdefault('MASTER_PORT', '29500')
-    missing = [k for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if k not in os.environ]
-    if missing:
-        raise ValueError(f'launcher {launcher!r}: the environment lacks {", ".join(missing)}; start with torchrun '
-                         '(--launcher pytorch) or srun (--launcher slurm)')
-    torch.distributed.init_process_group('gloo')
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on; packages are not imported for it."""
-    found = dict(ewa3d=ewa3d.__version__, python=platform.python_version())
-    for name in ('torch', 'numpy', 'mmengine', 'timm', 'torchvision', 'scipy'):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def describe_environment(**more) -> dict:
-    """What ``environment.json`` holds."""
-    cuda = torch.cuda.is_available()
-    return dict(device=torch.cuda.get_device_name() if cuda else f'CPU ({torch.get_num_threads()} threads)',
-                devices=torch.cuda.device_count() if cuda else 0, cuda=torch.version.cuda,
-                cudnn=torch.backends.cudnn.version() if cuda else None, platform=platform.platform(),
-                cpu_count=os.cpu_count(), threads=torch.get_num_threads(), versions=versions(), command=sys.argv,
-                started=time.strftime('%Y-%m-%dT%H:%M:%S%z'), **more)

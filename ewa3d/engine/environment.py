@@ -1,0 +1,47 @@
+"""What a run starts from: process groups on machines without a GPU, and the record of versions and hardware."""
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+
+import torch
+
+import ewa3d
+
+__all__ = ['describe_environment', 'init_gloo', 'versions']
+
+
+def init_gloo(launcher: str) -> None:
+    """A gloo process group from the variables that torchrun or slurm set."""
+    if launcher == 'slurm':
+        for ours, theirs in dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID').items():
+            os.environ.setdefault(ours, os.environ[theirs])
+        os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
+        os.environ.setdefault('MASTER_PORT', '29500')
+    missing = [k for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if k not in os.environ]
+    if missing:
+        raise ValueError(f'launcher {launcher!r}: the environment lacks {", ".join(missing)}; start with torchrun '
+                         '(--launcher pytorch) or srun (--launcher slurm)')
+    torch.distributed.init_process_group('gloo')
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on; packages are not imported for it."""
+    found = dict(ewa3d=ewa3d.__version__, python=platform.python_version())
+    for name in ('torch', 'numpy', 'mmengine', 'timm', 'torchvision', 'scipy'):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_environment(**more) -> dict:
+    """What ``environment.json`` holds."""
+    cuda = torch.cuda.is_available()
+    return dict(device=torch.cuda.get_device_name() if cuda else f'CPU ({torch.get_num_threads()} threads)',
+                devices=torch.cuda.device_count() if cuda else 0, cuda=torch.version.cuda,
+                cudnn=torch.backends.cudnn.version() if cuda else None, platform=platform.platform(),
+                cpu_count=os.cpu_count(), threads=torch.get_num_threads(), versions=versions(), command=sys.argv,
+                started=time.strftime('%Y-%m-%dT%H:%M:%S%z'), **more)
