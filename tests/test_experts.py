@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from toys import FFNS, HandWritten, make_ffn, scramble
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from toys import FFNS, HandWritten, make_ffn, scramble
 
 from ewa3d.layers import experts
 from ewa3d.layers.block import Mlp

@@ -3,9 +3,9 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from toys import MODELS as TOY_MODELS
 from toys import make_model, train_steps
-from torch import nn
 
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Reparam, expand, fuse
@@ -13,7 +13,8 @@ from ewa3d.reparam import Reparam, expand, fuse
 
 def _reparams() -> list[str]:
     MODELS.import_from_location()
-    return sorted(name for name, cls in MODELS.module_dict.items() if isinstance(cls, type) and issubclass(cls, Reparam))
+    classes = {name: cls for name, cls in MODELS.module_dict.items() if isinstance(cls, type)}
+    return sorted(name for name, cls in classes.items() if issubclass(cls, Reparam))
 
 
 CASES = [(name, model) for name in _reparams() for model in TOY_MODELS]

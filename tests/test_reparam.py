@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-from toys import FFNS, OwnModel
 from torch import nn
+from toys import FFNS, OwnModel
 
 from ewa3d.layers.block import Mlp
 from ewa3d.layers.experts import EWAFFN
