@@ -8,6 +8,7 @@ import torch
 
 from ewa3d.bench import layers, ops, step
 from ewa3d.bench.harness import DTYPES, Case, Row, Settings, measure, report, table
+from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.registry import nearest
 from ewa3d.visualization import write_atomic
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = next((name for name in args.suites if name not in SUITES), None)
     if unknown is not None:
         parser.error(f'no suite {unknown!r}; {nearest(unknown, SUITES)}')
+    keep_freed_memory()  # as the Runner does: a step is timed under the conditions of a training run
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
