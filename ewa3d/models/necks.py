@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor, nn
 
+from ewa3d.ops import patch_max
 from ewa3d.registry import MODELS
 
 __all__ = ['TokenPool']
@@ -36,7 +37,7 @@ class TokenPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = x[:, self.num_prefix_tokens:]
-        pooled = {'cls': lambda: x[:, 0], 'max': lambda: patches.amax(1), 'mean': lambda: patches.mean(1)}
+        pooled = {'cls': lambda: x[:, 0], 'max': lambda: patch_max(patches), 'mean': lambda: patches.mean(1)}
         return torch.cat([pooled[part]() for part in self.parts], -1)
 
     def extra_repr(self) -> str:

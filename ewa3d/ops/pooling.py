@@ -27,7 +27,12 @@ class _PatchMax(torch.autograd.Function):
 def patch_max(x: Tensor) -> Tensor:
     """The maximum over dim 1; points that tie share the gradient equally, as in ``torch.amax``.
 
+    Under ``torch.compile`` the first of them takes it: a compiler may compute ``x`` anew in the backward, rounded
+    otherwise, and then no point equals the maximum.
+
     Shape:
         - ``(P, K, C)`` to ``(P, C)``.
     """
+    if torch.compiler.is_compiling():
+        return x.max(1).values
     return _PatchMax.apply(x)
