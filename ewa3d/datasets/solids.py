@@ -24,6 +24,10 @@ class Solid:
                         (part, x, y, z, a, 0, 0, 0, 0, c), (part, x, Y, z, a, 0, 0, 0, 0, c),
                         (part, x, y, z, 0, b, 0, 0, 0, c), (part, X, y, z, 0, b, 0, 0, 0, c)]
 
+    def flat(self, part: int, corner, a, b) -> None:
+        """A parallelogram spanned by two edges from a corner."""
+        self._flats.append((part, *corner, *a, *b))
+
     def tube(self, part: int, start, length: float, radius: float, end_radius: float | None = None, axis: int = 2,
              caps: str = '') -> None:
         """The mantle of a cylinder or cone along an axis; ``caps`` closes its ``'start'``, ``'end'`` or ``'both'``."""
@@ -51,8 +55,8 @@ class Solid:
         self._domes.append((part, *centre, radius, height, bottom))
 
     def sample(self, num: int, rng: np.random.Generator, unevenness: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-        """Points drawn by area, and the part of each. ``unevenness`` is the standard deviation of the logarithm of the
-        density, drawn once a part: scanners do not see all parts of a thing equally well.
+        """Points drawn by area, and the part of each. The density of a part is multiplied by ``exp(±unevenness)`` at
+        most: scanners do not see all parts of a thing equally well.
 
         Shape:
             - returns ``(num, 3)`` float64 and ``(num,)`` int64.
@@ -63,7 +67,7 @@ class Solid:
         parts = np.concatenate([rows[:, 0] for rows, _, _ in kinds]).astype(np.int64)
         weights = np.concatenate([area(rows) for rows, area, _ in kinds])
         if unevenness:
-            weights = weights * np.exp(unevenness * rng.standard_normal(parts.max() + 1))[parts]
+            weights = weights * np.exp(unevenness * rng.uniform(-1, 1, parts.max() + 1))[parts]
         edges = np.cumsum(weights)
         piece = np.sort(np.searchsorted(edges, rng.random(num) * edges[-1], side='right').clip(max=len(parts) - 1))
         u, v = rng.random((2, num))
