@@ -139,7 +139,8 @@ def fuse(model: nn.Module) -> Report:
     Parents come first, and what a ``fuse()`` returned is looked at again (average the experts first, fold what is
     inside them after), until only Reparams that stay are left.
 
-    An optimizer, EMA or DDP made before holds the old parameters; a warning in the log says so.
+    An optimizer, EMA or DDP made before holds the old parameters; a warning in the log says so (not for a model whose
+    parameters are frozen, which nothing trains).
 
     Returns:
         A report with a ``'fused'`` or ``'kept'`` row a module.
@@ -151,6 +152,7 @@ def fuse(model: nn.Module) -> Report:
     if isinstance(model, Reparam):
         raise ValueError(f'fuse() works on the modules inside a model, and {type(model).__name__} is itself one that '
                          f'fuses: use `model = model.fuse()`')
+    trainable = any(p.requires_grad for p in model.parameters())
     before, rows, done, kept = count_params(model), {}, [], set()
     try:
         while (found := _next_reparam(model, kept)) is not None:
@@ -170,7 +172,7 @@ def fuse(model: nn.Module) -> Report:
         for undo in reversed(done):
             undo()
         raise
-    if done:
+    if done and trainable:
         logger.warning('fuse() replaced the parameters of %d modules: an optimizer, EMA or DDP made before it is stale '
                        'and must be made anew', len(done))
     return Report(rows.values(), before, count_params(model))

@@ -39,7 +39,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------------
 @HOOKS.register_module()
 class EWAHook(Hook):
-    """Experts Weights Averaging (specs/ewa.md §3) after every optimizer step of the run.
+    """Experts Weights Averaging (arXiv 2308.06093) after every optimizer step of the run.
 
     The averaging is :func:`ewa3d.attach_ewa`'s; this hook tells it where the run stands, in optimizer steps, before
     each iteration. It runs before a model EMA and before checkpoints are written.
