@@ -13,4 +13,4 @@ model = dict(
     head=dict(dropout=0.2, hidden=128))
 optim_wrapper = dict(type='AutocastOptimWrapper', optimizer=dict(lr=2e-3))
 param_scheduler = dict(warmup=0.05)
-train_cfg = dict(max_epochs=20, val_interval=5)
+train_cfg = dict(max_epochs=14, val_interval=7)
