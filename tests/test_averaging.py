@@ -357,6 +357,15 @@ def test_wrong_optimizers():
         attach_ewa(model, model, total_steps=10)
 
 
+def test_flattened_parameters_are_refused():
+    class FullyShardedDataParallel(nn.Sequential):
+        """Only the name of torch's: the real one needs a process group."""
+
+    model = FullyShardedDataParallel(_net())
+    with pytest.raises(ValueError, match='FullyShardedDataParallel, which flattens'):
+        attach_ewa(torch.optim.SGD(model.parameters(), lr=0.1), model, total_steps=10)
+
+
 def test_optim_wrapper_hint():
     from mmengine.optim import OptimWrapper
     model = _net()

@@ -456,6 +456,12 @@ def test_deepcopy_and_pickle_are_independent(name):
         assert torch.equal(other.eval().fuse()(x), other(x))
 
 
+@pytest.mark.parametrize('name', ['ours', 'timm SwiGLU'])
+def test_a_wrong_dtype_is_an_error_as_in_the_plain_ffn(name):
+    with pytest.raises(RuntimeError):
+        EWAFFN.expand(make_ffn(name))(torch.randn(5, 12))
+
+
 def test_to_moves_everything():
     module = EWAFFN.expand(HandWritten(), num_experts=2).to(torch.float64)
     assert module(torch.randn(5, 12, dtype=torch.float64)).dtype == torch.float64

@@ -177,6 +177,10 @@ class ExpertAveraging:
 
 def _expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The experts' parameters by full name, checked to be whole along the expert dimension."""
+    for name, module in model.named_modules():
+        if any(cls.__name__ == 'FullyShardedDataParallel' for cls in type(module).__mro__):
+            raise ValueError(f'{name or "the model"} is a FullyShardedDataParallel, which flattens parameters: experts '
+                             f'cannot be averaged in it. Use DDP, or shard another dimension with fully_shard')
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
     for module_name, module in iter_experts(model):

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ewa3d.layers.partition import (
-    Partition,
-    autocast_dtype,
-    expert_layer_norm,
-    expert_linear,
-    scale_grad,
-    uniform_partition,
-)
+from ewa3d.layers.partition import Partition, autocast, expert_layer_norm, expert_linear, scale_grad, uniform_partition
 from ewa3d.registry import MODELS, nearest
 from ewa3d.reparam import Reparam
 
@@ -157,7 +150,7 @@ class EWAFFN(StackedExperts):
         """A known layout, all experts at once: ``(T, C)`` to ``(T, C')``."""
         layers = list(self._modules.values())
         if isinstance(layers[0], nn.Linear):
-            tokens = tokens.to(autocast_dtype(tokens))  # before it is gathered, not after
+            tokens = autocast(tokens)  # before they are gathered, not after
         y = parts.dispatch(tokens)
         for layer in layers:
             if isinstance(layer, nn.Linear):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Partition', 'uniform_partition', 'expert_linear', 'expert_layer_norm', 'autocast_dtype', 'scale_grad']
+__all__ = ['Partition', 'uniform_partition', 'expert_linear', 'expert_layer_norm', 'autocast', 'scale_grad']
 
 
 class Partition(NamedTuple):
@@ -148,11 +148,11 @@ def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Shape:
         - x ``(E, M, C)``, weight ``(E, H, C)``, bias ``(E, H)``; returns ``(E, M, H)``.
     """
-    return _ExpertLinear.apply(x.to(autocast_dtype(x)), weight, bias)
+    return _ExpertLinear.apply(autocast(x), autocast(weight), None if bias is None else autocast(bias))
 
 
 class _ExpertLinear(torch.autograd.Function):
-    """A batched linear map in the dtype of ``x``, whose gradients are written in the layout of the weights.
+    """A batched linear map whose gradients are written in the layout of the weights.
 
     With E FFNs to read and write, copies of weights are what a step with experts costs. Autograd of the product with
     a transposed weight would give a transposed gradient, to be copied once more; a loop over experts would stack their
@@ -161,25 +161,21 @@ class _ExpertLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias):
-        return _linear(x, weight.to(x.dtype), bias)
+        if bias is None:
+            return torch.bmm(x, weight.mT)
+        return torch.baddbmm(bias[:, None], x, weight.mT)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        return (torch.bmm(grad, weight.to(grad.dtype)) if needs[0] else None,
-                torch.bmm(grad.mT, x).to(weight.dtype) if needs[1] else None,
-                grad.sum(1).to(bias.dtype) if needs[2] else None)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.bmm(x, weight.mT)
-    return torch.baddbmm(bias.to(x.dtype)[:, None], x, weight.mT)
+        return (torch.bmm(grad, weight) if needs[0] else None,
+                torch.bmm(grad.mT, x) if needs[1] else None,
+                grad.sum(1) if needs[2] else None)
 
 
 def expert_layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None,
@@ -195,10 +191,12 @@ def expert_layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, 
     return x if bias is None else x + bias[:, None]
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product of ``x`` is computed: autocast's where it is on, but float64 stays."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+def autocast(operand: Tensor) -> Tensor:
+    """An operand of a product as autocast would cast it where it is on (float64 stays)."""
+    kind = operand.device.type
+    if not torch.is_autocast_enabled(kind) or operand.dtype == torch.float64:
+        return operand
+    return operand.to(torch.get_autocast_dtype(kind))
 
 
 class _ScaleGrad(torch.autograd.Function):
