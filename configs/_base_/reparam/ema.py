@@ -1,2 +1,3 @@
-# Overlay: an exponential moving average of the whole model, BatchNorm statistics included.
-ema_hook = dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.002, update_buffers=True)
+# Overlay: a moving average of the whole model, BatchNorm statistics included. The first 500 steps weigh alike (a plain
+# mean); a fixed momentum from the first step on would keep some of the initial statistics for thousands of steps.
+ema_hook = dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.002, gamma=1, update_buffers=True)
