@@ -83,8 +83,9 @@ class FolderPointCloud(PointDataset):
         settings = dict(features=self.num_features, normals=self.normals, mesh_points=self.mesh_points,
                         mesh_seed=self.mesh_seed)
         files = [file for file, _ in items]
-        self._clouds = cached_clouds(self.cache_dir, f'{self.data_root.name}_{self.split or "all"}', settings, files,
-                                     self.data_root, lambda: self._read(files), len(files), self.max_points)
+        name = f'{self.data_root.resolve().name}_{self.split or "all"}'
+        self._clouds = cached_clouds(self.cache_dir, name, settings, files, self.data_root, lambda: self._read(files),
+                                     len(files), self.max_points)
         return [dict(name=str(file.relative_to(self.data_root)), label=label, row=row, fps_ordered=True)
                 for row, (file, label) in enumerate(items)]
 
