@@ -2,6 +2,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -274,7 +275,7 @@ def test_step_is_settable():
     assert handle.rate == pytest.approx(0.09)
     handle.step = 7
     assert handle.rate == pytest.approx(0.21)
-    for wrong, error in ((-1, ValueError), (1.5, TypeError), (None, ValueError)):
+    for wrong, error in ((-1, ValueError), (1.5, TypeError), (None, TypeError)):
         with pytest.raises(error, match='step'):
             handle.step = wrong
 
@@ -317,7 +318,13 @@ def test_bf16_parameters():
 @pytest.mark.parametrize('kwargs, error, message', [
     ({}, ValueError, 'total_steps is missing'),
     (dict(total_steps=0), ValueError, 'total_steps must be at least 1'),
-    (dict(total_steps=10.), TypeError, 'total_steps is an integer'),
+    (dict(total_steps=10.), TypeError, 'total_steps must be an integer'),
+    (dict(schedule='constant', end=0.5), ValueError, 'total_steps is missing'),
+    (dict(schedule=lambda p: p), ValueError, 'total_steps is missing'),
+    (dict(total_steps=10, begin='a'), TypeError, 'begin'),
+    (dict(total_steps=10, schedule=lambda p: None), TypeError, 'gives None at progress 0'),
+    (dict(total_steps=10, schedule=lambda p: -p), ValueError, r'progress 0\.5: share rate -0\.15'),
+    (dict(total_steps=10, schedule=lambda p: 3 * p), ValueError, r'progress 1: share rate 0\.9.* outside'),
     (dict(total_steps=10, start_step=-1), ValueError, 'step must be at least 0'),
     (dict(total_steps=10, share_rate=0.8), ValueError, r'0\.75'),
     (dict(total_steps=10, share_rate=-0.1), ValueError, 'share rate'),
@@ -334,12 +341,57 @@ def test_wrong_arguments(kwargs, error, message):
         attach_ewa(torch.optim.SGD(model.parameters(), lr=0.1), model, **kwargs)
 
 
-def test_a_schedule_that_leaves_the_range_is_refused():
+def test_a_schedule_that_leaves_the_range_between_the_tried_points_is_refused():
     model = _net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attach_ewa(optimizer, model, share_rate=0.5, schedule=lambda p: 2., total_steps=10)
+    attach_ewa(optimizer, model, share_rate=0.5, schedule=lambda p: 2. if 0.1 < p < 0.4 else 0., total_steps=4)
+    _step(model, optimizer)
     with pytest.raises(ValueError, match='share rate 1'):
         _step(model, optimizer)
+
+
+def test_a_constant_rate_needs_no_length():
+    model = _net(init_noise_std=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.)
+    handle = attach_ewa(optimizer, model, share_rate=0.5, schedule='constant')
+    before = _stack(model)
+    for step in range(3):
+        assert (handle.step, handle.rate) == (step, 0.5)
+        _step(model, optimizer)
+    handle.step = 10 ** 9
+    assert handle.rate == 0.5
+    for own, first in zip(_stack(model), before):
+        torch.testing.assert_close(own - own.mean(0), (1 / 3) ** 3 * (first - first.mean(0)), rtol=0, atol=1e-14)
+
+
+def test_numbers_of_numpy():
+    model = _net()
+    handle = attach_ewa(torch.optim.SGD(model.parameters(), lr=0.1), model, share_rate=np.float32(0.5),
+                        total_steps=np.int64(10), start_step=np.int32(2), begin=np.float64(0), every=np.uint8(1))
+    assert handle.rate == pytest.approx(0.1)
+    assert type(handle.rate) is float and type(handle.step) is int
+    average_(model, np.float64(0.5))
+
+
+def test_a_warning_when_all_experts_are_frozen(caplog):
+    model = _net()
+    for _, m in iter_experts(model):
+        m.requires_grad_(False)
+    attach_ewa(torch.optim.SGD(model.head.parameters(), lr=0.1), model, total_steps=10)
+    assert 'all experts are frozen' in caplog.text
+
+
+def test_a_warning_once_when_the_experts_were_fused(caplog):
+    model = _net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach_ewa(optimizer, model, total_steps=10)
+    _step(model, optimizer)
+    assert not caplog.text
+    ewa3d.fuse(model)
+    caplog.clear()
+    for _ in range(3):
+        _step(model, optimizer)
+    assert caplog.text.count('2 modules with experts are gone') == 1
 
 
 def test_wrong_optimizers():

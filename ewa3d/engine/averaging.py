@@ -3,18 +3,22 @@
 With share rate β, W_i ← (1 − β)·W_i + β/(E−1)·Σ_{j≠i} W_j. With the mean W̄ and c = 1 − β·E/(E−1) this is
 W_i ← W̄ + c·(W_i − W̄), for all experts at once: one ``lerp_`` towards the mean, which itself never moves.
 """
+import logging
 import weakref
 from collections.abc import Callable, Iterable
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ewa3d.engine.schedules import ShareRate, check_count
+from ewa3d.checks import check_integer
+from ewa3d.engine.schedules import ShareRate
 from ewa3d.layers.experts import StackedExperts, iter_experts
 
 __all__ = ['ExpertAveraging', 'attach_ewa', 'average_', 'largest_share_rate']
 
+logger = logging.getLogger('ewa3d')
 _attached: 'weakref.WeakKeyDictionary[Optimizer, list]' = weakref.WeakKeyDictionary()
 
 
@@ -43,19 +47,19 @@ def average_(experts: Tensor | nn.Module | Iterable, share_rate: float) -> None:
 
 def check_share_rate(share_rate: float, num_experts: int) -> None:
     """Raise where ``share_rate`` is not a number in ``[0, (E - 1) / E]``."""
-    if isinstance(share_rate, bool) or not isinstance(share_rate, (int, float)):
+    if isinstance(share_rate, bool) or not isinstance(share_rate, Real):
         raise TypeError(f'share_rate is a number, got {share_rate!r}')
     if num_experts < 2:
         raise ValueError(f'averaging needs at least 2 experts in the leading dimension, got {num_experts}')
     limit = largest_share_rate(num_experts)
     if not 0 <= share_rate <= limit + 1e-12:  # room for the rounding of (E - 1) / E
-        raise ValueError(f'share rate {share_rate!r} is outside [0, (E - 1) / E] = [0, {limit:.6g}] for '
+        raise ValueError(f'share rate {float(share_rate)!r} is outside [0, (E - 1) / E] = [0, {limit:.6g}] for '
                          f'{num_experts} experts; more than full averaging over-shoots the mean')
 
 
 def _average(stacked: Tensor, share_rate: float) -> None:
     local = _local(stacked)
-    weight = min(share_rate / largest_share_rate(len(local)), 1.)  # 1 - c
+    weight = min(float(share_rate) / largest_share_rate(len(local)), 1.)  # 1 - c
     if weight == 0:
         return
     if local.dtype in (torch.float16, torch.bfloat16):
@@ -94,8 +98,10 @@ def attach_ewa(optimizer: Optimizer, model: nn.Module, share_rate: float = 0.3,
         optimizer: holds the experts' parameters (frozen ones may be missing).
         model: has experts, by :func:`ewa3d.expand`.
         share_rate: the largest β, in ``[0, (E - 1) / E]``.
-        schedule: ``'constant'``, ``'linear'`` (0 to β), ``'cosine'`` or a function of progress that gives a factor.
-        total_steps: optimizer steps of the whole training, not micro-batches.
+        schedule: ``'constant'``, ``'linear'`` (0 to β), ``'cosine'`` or a function of progress that gives a factor
+            (tried here at progress 0, ½ and 1).
+        total_steps: optimizer steps of the whole training, not micro-batches; ``'constant'`` without ``begin`` and
+            ``end`` needs none.
         start_step: steps already done, on resume.
         begin, end: fractions of the run between which experts are averaged; the schedule runs over this window.
         every: average after every k-th step.
@@ -106,7 +112,7 @@ def attach_ewa(optimizer: Optimizer, model: nn.Module, share_rate: float = 0.3,
 
     Raises:
         ValueError: the model has no experts, the optimizer lacks some of them or shards them, the experts are already
-            averaged by another handle, or a number is out of range.
+            averaged by another handle, or a number is out of range, the schedule's values included.
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, or a count no integer.
     """
     rate = ShareRate(share_rate, schedule, total_steps, begin, end)
@@ -124,13 +130,15 @@ class ExpertAveraging:
                  every: int = 1, average_moments: bool = False):
         _check_optimizer(optimizer)
         self._parameters = _expert_parameters(model)
-        check_share_rate(share_rate.share_rate, min(map(len, self._parameters.values())))
+        _check_schedule(share_rate, min(map(len, self._parameters.values())))
         _check_held(optimizer, self._parameters)
         self.step = start_step
         self._share_rate = share_rate
-        self._every = check_count('every', every, 1)
+        self._every = check_integer('every', every, 1)
         self._average_moments = average_moments
         self._optimizer = optimizer
+        self._modules = weakref.WeakSet(module for _, module in iter_experts(model))
+        self._module_count = len(self._modules)
         _attached.setdefault(optimizer, []).append(self)
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
@@ -140,7 +148,7 @@ class ExpertAveraging:
 
     @step.setter
     def step(self, value: int) -> None:
-        self._step = check_count('step', value, 0)
+        self._step = check_integer('step', value, 0)
 
     @property
     def rate(self) -> float:
@@ -164,6 +172,7 @@ class ExpertAveraging:
         found_inf = getattr(optimizer, 'found_inf', None)  # a fused optimizer is called on overflow and does nothing
         if found_inf is not None and float(found_inf):
             return
+        self._warn_of_lost_experts()
         rate, number = self.rate, self.step + 1
         self.step = number
         if rate == 0 or number % self._every:
@@ -173,6 +182,13 @@ class ExpertAveraging:
         if self._average_moments:
             average_([s for p in live for s in optimizer.state.get(p, {}).values()
                       if isinstance(s, Tensor) and s.shape == p.shape], rate)
+
+    def _warn_of_lost_experts(self) -> None:
+        lost = self._module_count - len(self._modules)
+        if lost:
+            self._module_count -= lost  # say it once
+            logger.warning('%d modules with experts are gone (fused?) while attach_ewa still averages their '
+                           'parameters: remove() the handle, and make the optimizer anew', lost)
 
 
 def _expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -209,6 +225,15 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
+def _check_schedule(share_rate: ShareRate, num_experts: int) -> None:
+    check_share_rate(share_rate.share_rate, num_experts)
+    for progress in (0., 0.5, 1.):
+        try:
+            check_share_rate(share_rate.at(progress), num_experts)
+        except ValueError as error:
+            raise ValueError(f'the schedule at progress {progress:g}: {error}') from None
+
+
 def _check_optimizer(optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
         hint = '; pass its .optimizer' if isinstance(getattr(optimizer, 'optimizer', None), Optimizer) else ''
@@ -219,6 +244,8 @@ def _check_optimizer(optimizer) -> None:
 
 
 def _check_held(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+    if not any(p.requires_grad for p in parameters.values()):
+        logger.warning('attach_ewa: all experts are frozen (requires_grad=False), so nothing will be averaged')
     held = {id(p) for group in optimizer.param_groups for p in group['params']}
     missing = [name for name, p in parameters.items() if p.requires_grad and id(p) not in held]
     if missing:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ewa3d.checks import check_integer, check_number
 from ewa3d.registry import nearest
 
 __all__ = ['SCHEDULES', 'ShareRate', 'constant', 'linear', 'cosine']
@@ -39,14 +40,15 @@ class ShareRate:
     Args:
         share_rate: the largest β, at least 0.
         schedule: a name of :data:`SCHEDULES` or a function of progress.
-        total_steps: optimizer steps of the whole training, an integer of at least 1.
+        total_steps: optimizer steps of the whole training, an integer of at least 1; ``'constant'`` over the whole
+            run does without.
 
     Raises:
         TypeError, ValueError: an argument is missing or out of range. KeyError: no schedule has this name.
     """
     share_rate: float
     schedule: str | Callable[[float], float]
-    total_steps: int
+    total_steps: int | None = None
     begin: float = 0.
     end: float = 1.
 
@@ -56,25 +58,31 @@ class ShareRate:
                 raise KeyError(f'share-rate schedule {self.schedule!r}: {nearest(self.schedule, SCHEDULES)}')
         elif not callable(self.schedule):
             raise TypeError(f'schedule is a name or a function of progress, got {self.schedule!r}')
-        check_count('total_steps', self.total_steps, 1)
-        if not 0 <= self.begin < self.end <= 1:
+        begin, end = check_number('begin', self.begin), check_number('end', self.end)
+        if begin >= end:
             raise ValueError(f'begin and end are fractions of the run with 0 <= begin < end <= 1, '
-                             f'got begin={self.begin!r}, end={self.end!r}')
+                             f'got begin={begin!r}, end={end!r}')
+        if self.total_steps is not None:
+            check_integer('total_steps', self.total_steps, 1)
+        elif self.schedule not in ('constant', constant) or (begin, end) != (0, 1):
+            raise ValueError('total_steps is missing: give the number of optimizer steps of the whole training (only '
+                             "schedule='constant' from begin=0 to end=1 does without)")
 
     def __call__(self, step: int) -> float:
-        progress = min(step / self.total_steps, 1.)
+        progress = min(step / self.total_steps, 1.) if self.total_steps else 0.
         if progress < self.begin or (progress >= self.end and self.end < 1):
             return 0.
+        return self.at((progress - self.begin) / (self.end - self.begin))
+
+    def at(self, progress: float) -> float:
+        """β at a fraction of the window.
+
+        Raises:
+            TypeError: the schedule gives no number.
+        """
         function = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
-        return self.share_rate * float(function((progress - self.begin) / (self.end - self.begin)))
-
-
-def check_count(name: str, value: int, least: int) -> int:
-    """``value`` if it is an integer of at least ``least``."""
-    if value is None:
-        raise ValueError(f'{name} is missing: give the number of optimizer steps of the whole training')
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f'{name} is an integer, got {value!r}')
-    if value < least:
-        raise ValueError(f'{name} must be at least {least}, got {value}')
-    return value
+        factor = function(progress)
+        try:
+            return float(self.share_rate) * float(factor)
+        except TypeError:
+            raise TypeError(f'the schedule gives {factor!r} at progress {progress:g}, not a number') from None

@@ -1,0 +1,40 @@
+"""Checks of values that people give: the message names the keyword, the value and what was expected."""
+import math
+import operator
+from numbers import Real
+
+__all__ = ['check_integer', 'check_number']
+
+
+def check_integer(name: str, value, least: int) -> int:
+    """``value`` as an ``int`` of at least ``least``; numpy's integers will do, ``bool`` and 3.0 will not.
+
+    Raises:
+        TypeError: no integer. ValueError: a smaller one.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f'{name} must be an integer, got {value!r}')
+    if number < least:
+        raise ValueError(f'{name} must be at least {least}, got {number}')
+    return number
+
+
+def check_number(name: str, value, within: str = '[0, 1]') -> float:
+    """``value`` as a finite ``float`` ``within`` an interval, such as ``'[0, 1)'`` or ``'(0, inf)'``.
+
+    Raises:
+        TypeError: no real number. ValueError: outside the interval.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f'{name} must be a number, got {value!r}')
+    low, high = map(float, within[1:-1].split(','))
+    number = float(value)
+    above = number >= low if within[0] == '[' else number > low
+    below = number <= high if within[-1] == ']' else number < high
+    if not (above and below and math.isfinite(number)):
+        raise ValueError(f'{name} must lie in {within}, got {number}')
+    return number
