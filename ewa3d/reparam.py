@@ -112,6 +112,7 @@ def expand(model: nn.Module, rules: dict | Iterable[dict]) -> Report:
         TypeError: a rule has an unknown key, no ``type`` or ``at``, or a ``type`` that is no Reparam.
         KeyError: a ``type`` that is not registered.
         ValueError: a rule matches nothing, or a module that an earlier rule replaced; the model is wrapped.
+        Whatever the class's ``expand`` raises, with the rule and the module in front of the message.
     """
     _refuse_wrapped(model, 'expand')
     rules = [rules] if isinstance(rules, dict) else list(rules)
@@ -120,7 +121,7 @@ def expand(model: nn.Module, rules: dict | Iterable[dict]) -> Report:
     try:
         for rule in parsed:
             for name, plain in _select(model, rule):
-                new = rule.cls.expand(plain, **rule.cfg)
+                new = _expand(name, plain, rule)
                 _refuse_untied(model, name, plain, new)
                 done.append(_replace(model, plain, new))
                 first = rows.get(name)
@@ -260,6 +261,18 @@ def _select(model: nn.Module, rule: _Rule) -> list[tuple[str, nn.Module]]:
     for name, module in chosen:
         _refuse_unaccepted(model, name, module, rule)
     return chosen
+
+
+def _expand(name: str, plain: nn.Module, rule: _Rule) -> Reparam:
+    try:
+        new = rule.cls.expand(plain, **rule.cfg)
+    except Exception as error:
+        if error.args and isinstance(error.args[0], str):  # the same exception, so that its type and attributes stay
+            error.args = (f'{rule.where}: {name!r}: {error.args[0]}', *error.args[1:])
+        raise
+    if not isinstance(new, Reparam):
+        raise TypeError(f'{rule.where}: {name!r}: expand() returned {type(new).__name__}, not a Reparam')
+    return new
 
 
 def _nearby(pattern: str, names: Iterable[str]) -> str:

@@ -146,6 +146,38 @@ def test_an_error_in_the_middle_changes_nothing():
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
+class Failing(Reparam):
+    error: Exception
+
+    @classmethod
+    def expand(cls, plain, **cfg):
+        raise cls.error
+
+
+@pytest.mark.parametrize('cfg, error, message', [
+    (dict(num_experts=1), ValueError, 'num_experts must be at least 2, got 1'),
+    (dict(num_experts='4'), TypeError, "num_experts .*'4'"), (dict(partition='btach'), ValueError, 'btach')])
+def test_errors_of_expand_name_rule_and_module(cfg, error, message):
+    rules = [dict(type='EWAFFN', at='head'), dict(type='EWAFFN', at='blocks.*.mlp', every=2, **cfg)]
+    with pytest.raises(error, match=rf"^rule 1 \(EWAFFN at 'blocks\.\*\.mlp'\): 'blocks\.1\.mlp': .*{message}"):
+        expand(_model(), rules)
+
+
+@pytest.mark.parametrize('error', [KeyError('gone'), OSError(2, 'no such thing'), RuntimeError(),
+                                   UnicodeDecodeError('utf-8', b'x', 0, 1, 'odd')])
+def test_errors_of_expand_keep_their_type(error, monkeypatch):
+    monkeypatch.setattr(Failing, 'error', error, raising=False)
+    with pytest.raises(type(error)) as caught:
+        expand(_model(), dict(type=Failing, at='head'))
+    assert caught.value is error
+
+
+def test_expand_must_return_a_reparam(monkeypatch):
+    monkeypatch.setattr(Failing, 'expand', lambda plain: plain)
+    with pytest.raises(TypeError, match=r"rule 0.*'head'.*returned Linear"):
+        expand(_model(), dict(type=Failing, at='head'))
+
+
 def test_two_rules_on_one_module_need_acceptance():
     with pytest.raises(ValueError, match='already a EWAFFN, which Doubled does not accept'):
         expand(_model(), [dict(type='EWAFFN', at='blocks.*.mlp'), dict(type=Doubled, at='blocks.1.mlp')])
