@@ -73,6 +73,10 @@ def test_experts_stay_equal_across_ranks(runs):
 
 def test_ranks_draw_different_partitions_but_agree_on_metrics(runs):
     folder, (one, other), _ = runs
+    assert not same(one['rng'], other['rng'])  # the generator that partitions, dropout and drop path draw from
+    for kind in ('python', 'numpy', 'torch'):
+        first, second = (state[kind] for state in read_checkpoint(folder / 'epoch_1.pth')['rng'])
+        assert not same(first, second), kind
     assert one['metrics'] == other['metrics'] and 0 <= one['metrics']['OA'] <= 100  # nine samples on two ranks
     assert len((folder / 'metrics.jsonl').read_text().splitlines()) == 4  # one process writes
     assert json.loads((folder / 'environment.json').read_text())['world_size'] == 2

@@ -26,7 +26,7 @@ from ewa3d.engine.checkpoint import atomic_write
 from ewa3d.registry import HOOKS
 
 __all__ = ['EWAHook', 'RNGStateHook', 'DatasetEpochHook', 'MetricsHook', 'CheckpointHook', 'LoggerHook',
-           'get_rng_state', 'set_rng_state', 'keep_rng_state']
+           'get_rng_state', 'set_rng_state', 'seed_rank']
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -61,6 +61,7 @@ class EWAHook(Hook):
     def before_train(self, runner) -> None:
         accumulate = _accumulation(runner)
         steps = -(-runner.max_iters // accumulate)  # the last, shorter group of micro-batches is a step too
+        self._detach()  # a training that was interrupted did not get to `after_train`
         self.handle = attach_ewa(runner.optim_wrapper.optimizer, unwrapped(runner.model), total_steps=steps,
                                  start_step=runner.iter // accumulate, **self.settings)
 
@@ -72,8 +73,12 @@ class EWAHook(Hook):
         runner.message_hub.update_scalar('train/share_rate', float(self.rate))
 
     def after_train(self, runner) -> None:
-        self.handle.remove()
-        self.handle = None
+        self._detach()
+
+    def _detach(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
 
 
 def _accumulation(runner) -> int:
@@ -105,11 +110,19 @@ def set_rng_state(state: Mapping) -> None:
         torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
+def seed_rank(seed: int, rank: int) -> None:
+    """Seed Python's, numpy's and torch's generators of this rank."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
 @HOOKS.register_module()
 class RNGStateHook(Hook):
     """Random generators of every rank go into checkpoints and come back on resume; validation leaves them alone.
 
-    Without it a resumed run draws other partitions, dropouts and masks than the run it continues.
+    Without it a resumed run draws other partitions, dropouts and masks than the run it continues, and all ranks of a
+    run draw the same ones: they are seeded alike, so that they build the same model, and apart when training begins.
     """
     priority = 'LOWEST'
 
@@ -137,6 +150,8 @@ class RNGStateHook(Hook):
             set_rng_state(self._resumed)
             if runner.iter % len(runner.train_dataloader) == 0:
                 self._resumed = None  # inside an epoch, batches are skipped first: restore again after them
+        elif runner.world_size > 1:  # one process goes on from where building the model left its generators
+            seed_rank(runner.seed, runner.rank)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         if self._resumed is not None:
@@ -148,16 +163,6 @@ class RNGStateHook(Hook):
 
     def after_val(self, runner) -> None:
         set_rng_state(self._before_val)
-
-
-class keep_rng_state:
-    """``with keep_rng_state():`` whatever is drawn inside, the generators stand where they stood before."""
-
-    def __enter__(self):
-        self._state = get_rng_state()
-
-    def __exit__(self, *error):
-        set_rng_state(self._state)
 
 
 @HOOKS.register_module()
