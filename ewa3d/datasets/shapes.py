@@ -178,7 +178,7 @@ MAKERS = {f.__name__: f for f in (airplane, bottle, bucket, cabinet, car, chair,
 
 
 def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: float = 0.012,
-               outliers: float = 0.02, hidden: float = 0.2, unevenness: float = 1.3, tilt: float = 40.0):
+               outliers: float = 0.02, hidden: float = 0.2, unevenness: float = 1.3, tilt: float = 35.0):
     """One shape: built, stretched to a random box, turned, partly hidden, noisy, centred and scaled to radius 1.
 
     Returns:
@@ -220,7 +220,7 @@ class SyntheticShapes(PointDataset):
     """Shapes of 13 classes with part labels, made from a seed: no files, no download.
 
     Classes are told apart by structure. Proportions, the box around the shape, the density of points on each part, the
-    turn about the up axis, a lean of up to 40 degrees, a hidden side, noise and stray points are drawn for every shape,
+    turn about the up axis, a lean of up to 35 degrees, a hidden side, noise and stray points are drawn for every shape,
     so that sizes and moments of the cloud say little. Sample ``i`` of a split depends on ``(data_seed, split, i)`` and
     the options alone; its class is ``i`` modulo 13.
 
