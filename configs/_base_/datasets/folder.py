@@ -1,4 +1,4 @@
-# Your own clouds: data_root/{train,test}/<class>/*.{npy,npz,txt,xyz,csv,ply,pcd,off,obj,stl,h5}, or <class>/{train,test}/*.
+# Your own clouds: data_root/{train,test}/<class>/*.{npy,npz,txt,xyz,csv,ply,pcd,off,obj,stl,h5}, levels either way round.
 # The number of classes flows to the head. Clouds with fewer points than are asked for repeat some.
 data_root = 'data/my_clouds'
 train_pipeline = [
