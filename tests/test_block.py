@@ -50,6 +50,33 @@ def test_attend_in_low_precision_equals_the_kernel():
         torch.testing.assert_close(a.float(), b, atol=3e-2, rtol=3e-2)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_attend_with_gradients_that_only_some_inputs_need(dtype):
+    q, k, v = (torch.randn(1, 2, length, 4, dtype=dtype) for length in (3, 7, 7))  # cross attention
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(attend(q, k, v).double(), expected, atol=3e-2, rtol=3e-2)
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+        out = attend(q, k, v)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, atol=3e-2, rtol=3e-2)
+        assert torch.autograd.grad(out.sum(), tensor)[0].isfinite().all()
+        tensor.requires_grad_(False)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_attend_masks_and_dropout(dtype):
+    q, k, v = (torch.randn(2, 2, 6, 4, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    out = attend(q, k, v, is_causal=True)
+    torch.testing.assert_close(out, attend(q, k, v, attn_mask=mask))
+    torch.testing.assert_close(out[:, :, 0], v[:, :, 0])
+    ones = torch.ones_like(v)
+    out = torch.stack([attend(q, k, ones, dropout_p=0.5).float() for _ in range(200)])
+    assert out.std() > 0.1
+    assert 0.9 < out.mean() < 1.1  # what stays is scaled up
+
+
 def test_attention_mask():
     layer = Attention(8, num_heads=2)
     x = torch.randn(1, 4, 8)
@@ -61,7 +88,7 @@ def test_attention_mask():
 
 @pytest.mark.parametrize('heads', [5, 0])
 def test_attention_refuses_heads_that_do_not_divide(heads):
-    with pytest.raises(ValueError, match=f'dim=12.*num_heads={heads}'):
+    with pytest.raises(ValueError, match=f'num_heads.*{heads}'):
         Attention(12, num_heads=heads)
 
 
@@ -81,6 +108,58 @@ def test_names_and_numbers_are_timms():
         block.norm1.eps = block.norm2.eps = 1e-6
     x = torch.randn(2, 7, 24)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize('options', [
+    {}, dict(init_values=0.3), dict(scale_attn_norm=True, scale_mlp_norm=True, init_values=0.1), dict(qk_norm=True),
+    dict(attn_layer='attn', proj_bias=False), dict(class_token=False, global_pool='avg', mlp_ratio=2.5)])
+def test_our_block_in_a_timm_model(options):
+    models = pytest.importorskip('timm.models')
+    sizes = dict(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=3)
+    theirs = models.VisionTransformer(**sizes, **options).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    ours = models.VisionTransformer(**sizes, **options, block_fn=Block).eval()
+    assert all(type(block) is Block for block in ours.blocks)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(ours(x), theirs(x))
+    mask = torch.rand(2, 1, 1, theirs.pos_embed.shape[1]) < 0.7
+    mask[..., 0] = True
+    torch.testing.assert_close(ours.forward_features(x, attn_mask=mask), theirs.forward_features(x, attn_mask=mask))
+    for mine, other in zip(torch.autograd.grad(ours(x).sum(), list(ours.parameters())[-8:]),
+                           torch.autograd.grad(theirs(x).sum(), list(theirs.parameters())[-8:])):
+        torch.testing.assert_close(mine, other)
+
+
+def test_layers_of_timm_by_name_and_number():
+    layers = pytest.importorskip('timm.layers')
+    assert Block(24, 3, attn_layer=layers.DiffAttention, depth=5).attn.lambda_init != \
+        Block(24, 3, attn_layer=layers.DiffAttention).attn.lambda_init
+    with pytest.raises(ValueError, match="'diff'"):
+        Block(24, 3, attn_layer='diff')
+
+
+def test_layer_scale():
+    block = Block(8, 2, init_values=1e-5)
+    assert {name: tuple(p.shape) for name, p in block.named_parameters() if 'ls' in name} == \
+        {'ls1.gamma': (8,), 'ls2.gamma': (8,)}
+    torch.testing.assert_close(block.ls2.gamma, torch.full((8,), 1e-5))
+    assert not [name for name, _ in Block(8, 2).named_parameters() if 'ls' in name]
+    block.double().eval()
+    nn.init.normal_(block.ls1.gamma), nn.init.normal_(block.ls2.gamma)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    y = x + block.attn(block.norm1(x)) * block.ls1.gamma
+    torch.testing.assert_close(block(x), y + block.mlp(block.norm2(y)) * block.ls2.gamma)
+
+
+@pytest.mark.parametrize('kwargs, error', [
+    (dict(mlp_ratio=0), ValueError), (dict(mlp_ratio='abc'), TypeError), (dict(num_heads='abc'), TypeError),
+    (dict(init_values='abc'), TypeError), (dict(drop_path=1.), ValueError), (dict(drop_path=-0.1), ValueError)])
+def test_block_refuses(kwargs, error):
+    (name, value), = kwargs.items()
+    with pytest.raises(error, match=f'{name.replace("_", ".")}.*{value}'):
+        Block(**{**dict(dim=12, num_heads=3), **kwargs})
 
 
 def test_our_layers_in_a_timm_model():

@@ -1,9 +1,13 @@
 """The transformer block: timm's parameter names and constructor signatures, with slots for the mixer and the FFN."""
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['Attention', 'Block', 'DropPath', 'Mlp', 'attend', 'init_vit']
+from ewa3d.checks import check_integer, check_number
+
+__all__ = ['Attention', 'Block', 'DropPath', 'LayerScale', 'Mlp', 'attend', 'init_vit']
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
@@ -45,9 +49,7 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float = 0.):
         super().__init__()
-        if not 0 <= drop_prob < 1:
-            raise ValueError(f'drop path rate must lie in [0, 1), got {drop_prob}')
-        self.drop_prob = drop_prob
+        self.drop_prob = check_number('drop path rate', drop_prob, '[0, 1)')
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.drop_prob == 0:
@@ -58,6 +60,22 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:.3g}'
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel of a residual branch (Touvron et al. 2021), ``init_values`` at first.
+
+    Shape:
+        - ``(..., dim)``, kept.
+    """
+
+    def __init__(self, dim: int, init_values: float = 1e-5, device=None, dtype=None):
+        super().__init__()
+        check_number('init_values', init_values, '(-inf, inf)')
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_values), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Mlp(nn.Module):
@@ -99,7 +117,8 @@ class Attention(nn.Module):
                  scale_norm: bool = False, proj_bias: bool = True, attn_drop: float = 0., proj_drop: float = 0.,
                  norm_layer=nn.LayerNorm, device=None, dtype=None):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        check_integer('dim', dim, 1)
+        if dim % check_integer('num_heads', num_heads, 1):
             raise ValueError(f'dim={dim} cannot be split among num_heads={num_heads}')
         factory = dict(device=device, dtype=dtype)
         self.num_heads = num_heads
@@ -124,28 +143,56 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
 
-    ``attn_layer`` and ``mlp_layer`` are called with timm's keywords, so a timm layer fits in here and these fit into
-    ``timm.create_model(..., mlp_layer=...)``; weights of ViT, MAE, DINO, Point-BERT, Point-MAE blocks load as they are.
+    The signature is that of timm's block, so this one fits into ``VisionTransformer(..., block_fn=Block)``, and timm's
+    attentions and FFNs fit in here; weights of ViT, MAE, DINO, BEiT 3, Point-BERT, Point-MAE blocks load as they are.
+
+    Args:
+        scale_attn_norm, scale_mlp_norm: a norm before the last projection of the attention and of the FFN (BEiT 3).
+        init_values: where given, both branches have a :class:`LayerScale`, ``ls1`` and ``ls2``.
+        mlp_layer, attn_layer: called with timm's keywords.
+        depth: the block's number, for attention layers that ask for it.
 
     Shape:
-        - ``(B, L, dim)``, kept.
+        - ``(B, L, dim)``, kept. Keywords go to the attention: ``attn_mask``, ``is_causal``.
+
+    Raises:
+        TypeError, ValueError: a number out of range, or no number.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4., qkv_bias: bool = False, qk_norm: bool = False,
-                 proj_bias: bool = True, proj_drop: float = 0., attn_drop: float = 0., drop_path: float = 0.,
-                 act_layer=nn.GELU, norm_layer=nn.LayerNorm, mlp_layer=Mlp, attn_layer=Attention,
+                 scale_attn_norm: bool = False, scale_mlp_norm: bool = False, proj_bias: bool = True,
+                 proj_drop: float = 0., attn_drop: float = 0., init_values: float | None = None, drop_path: float = 0.,
+                 act_layer=nn.GELU, norm_layer=nn.LayerNorm, mlp_layer=Mlp, attn_layer=Attention, depth: int = 0,
                  device=None, dtype=None):
         super().__init__()
+        check_number('mlp_ratio', mlp_ratio, '(0, inf)')
         factory = dict(device=device, dtype=dtype)
         self.norm1 = norm_layer(dim, **factory)
+        attn_layer = _by_name(attn_layer)
+        attn_options = dict(scale_norm=True) if scale_attn_norm else {}
+        if 'depth' in inspect.signature(attn_layer).parameters:
+            attn_options['depth'] = depth
         self.attn = attn_layer(dim, num_heads=num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, proj_bias=proj_bias,
-                               attn_drop=attn_drop, proj_drop=proj_drop, norm_layer=norm_layer, **factory)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+                               attn_drop=attn_drop, proj_drop=proj_drop, norm_layer=norm_layer, **attn_options,
+                               **factory)
+        self.ls1 = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = norm_layer(dim, **factory)
         self.mlp = mlp_layer(in_features=dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer,
-                             bias=proj_bias, drop=proj_drop, **factory)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+                             norm_layer=norm_layer if scale_mlp_norm else None, bias=proj_bias, drop=proj_drop,
+                             **factory)
+        self.ls2 = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, **attn_options) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attn_options)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def _by_name(attn_layer):
+    """timm also names attention layers; '' and 'attn' are the usual one."""
+    if isinstance(attn_layer, str):
+        if attn_layer not in ('', 'attn'):
+            raise ValueError(f"attn_layer must be a class or 'attn', got {attn_layer!r}")
+        return Attention
+    return attn_layer
