@@ -96,10 +96,21 @@ def test_norm_eps():
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(pos='second'), 'second'), (dict(depth=0), 'depth'), (dict(num_heads=5), 'num_heads=5'),
-    (dict(tokenizer=dict(TOKENIZER, embed_dim=32)), 'embed_dim=32'), (dict(drop_path_rate=1.), '1.0')])
+    (dict(tokenizer=dict(TOKENIZER, embed_dim=32)), 'embed_dim=32'), (dict(drop_path_rate=1.), 'drop_path_rate.*1.0'),
+    (dict(drop_path_rate=-0.1), 'drop_path_rate.*-0.1'), (dict(mlp_ratio=0), 'mlp_ratio.*0'),
+    (dict(num_heads=0), 'num_heads.*0'), (dict(proj_drop=1.5), 'proj_drop.*1.5'), (dict(attn_drop=-1), 'attn_drop'),
+    (dict(norm_eps=float('nan')), 'norm_eps.*nan'), (dict(embed_dim=0), 'embed_dim.*0')])
 def test_backbone_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MODELS.build(backbone_cfg(**kwargs))
+
+
+@pytest.mark.parametrize('name', ['embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'drop_path_rate', 'proj_drop',
+                                  'attn_drop', 'norm_eps'])
+@pytest.mark.parametrize('value', ['abc', True])
+def test_backbone_refuses_what_is_no_number(name, value):
+    with pytest.raises(TypeError, match=f'{name} must be an? (number|integer), got {value!r}'):
+        MODELS.build(backbone_cfg(**{name: value}))
 
 
 def test_published_size():
@@ -176,9 +187,14 @@ def test_head_refuses():
         ClsHead(in_channels=4)
     with pytest.raises(ValueError, match='in_channels'):
         ClsHead(num_classes=4)
-    for kwargs in (dict(num_classes=0), dict(num_classes=2.5), dict(form='deep'), dict(label_smoothing=1.5)):
+    for kwargs in (dict(num_classes=0), dict(in_channels=0), dict(form='deep'), dict(label_smoothing=1.5),
+                   dict(hidden=0), dict(dropout=-0.5)):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             ClsHead(**{**dict(num_classes=3, in_channels=4), **kwargs})
+    for name, value in (('num_classes', 2.5), ('num_classes', 'abc'), ('in_channels', 'abc'), ('hidden', 'abc'),
+                        ('dropout', 'abc'), ('label_smoothing', 'abc')):
+        with pytest.raises(TypeError, match=f'ClsHead: {name} must be .*{value!r}'):
+            ClsHead(**{**dict(num_classes=3, in_channels=4), name: value})
     head = ClsHead(3, 10)
     with pytest.raises(ValueError, match='TokenPool'):
         head(torch.randn(2, 5, 10))
@@ -239,6 +255,11 @@ def test_modes(points):
         model(points, mode='tensors')
     with pytest.raises(ValueError, match='data_samples'):
         model(points, mode='loss')
+
+
+def test_inputs_without_points(points):
+    with pytest.raises(KeyError, match=r"'points', found \['point'\]"):
+        build()(dict(point=points))
 
 
 def test_model_without_head_gives_features(points):

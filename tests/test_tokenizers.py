@@ -155,10 +155,26 @@ def test_refuses_nan():
         tokenizer()(points)
 
 
-@pytest.mark.parametrize('kwargs', [dict(num_groups=0), dict(group_size=0), dict(in_channels=2), dict(widths=(8, 8))])
+@pytest.mark.parametrize('kwargs', [dict(num_groups=0), dict(group_size=0), dict(in_channels=2), dict(widths=(8, 8)),
+                                    dict(widths=(8, 0, 8)), dict(embed_dim=0), dict(encoder_dim=-3), dict(pos_dim=0)])
 def test_refuses_settings(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         tokenizer(**kwargs)
+
+
+@pytest.mark.parametrize('name', ['num_groups', 'group_size', 'embed_dim', 'encoder_dim', 'in_channels', 'pos_dim'])
+@pytest.mark.parametrize('value', ['abc', 2.5])
+def test_refuses_settings_that_are_no_integers(name, value):
+    with pytest.raises(TypeError, match=f'{name} must be an integer, got {value!r}'):
+        tokenizer(**{name: value})
+
+
+def test_refuses_inputs_without_points():
+    with pytest.raises(KeyError, match=r"need the key 'points', found \['features', 'point'\]"):
+        tokenizer()(dict(point=torch.randn(2, 20, 3), features=None))
+    for inputs in (dict(points=[[0., 0., 0.]]), None, dict(points=None)):
+        with pytest.raises(TypeError, match=r'points must be a tensor'):
+            tokenizer()(inputs)
 
 
 def test_registered_with_helpful_errors():

@@ -1,7 +1,10 @@
 """Tokenizers turn raw input into :class:`~ewa3d.structures.Tokens`."""
+from collections.abc import Mapping, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ewa3d.checks import check_integer
 from ewa3d.layers.block import init_vit
 from ewa3d.ops import fps, gather, neighbours, patch_max
 from ewa3d.registry import MODELS
@@ -23,8 +26,10 @@ class PatchEncoder(nn.Module):
 
     def __init__(self, in_channels: int = 3, out_channels: int = 384, widths: tuple[int, int, int] = (128, 256, 512)):
         super().__init__()
-        if len(widths) != 3:
-            raise ValueError(f'widths must be three numbers, got {widths}')
+        if not isinstance(widths, Sequence) or len(widths) != 3:
+            raise ValueError(f'widths must be three integers, got {widths!r}')
+        for width in widths:
+            check_integer('each of widths', width, 1)
         inner, middle, outer = widths
         self.first_conv = nn.Sequential(nn.Linear(in_channels, inner), nn.BatchNorm1d(inner), nn.ReLU(inplace=True),
                                         nn.Linear(inner, middle))
@@ -77,6 +82,7 @@ class PointPatchEmbed(nn.Module):
 
     Raises:
         ValueError: fewer points than groups or neighbours, another number of channels, coordinates not finite.
+        KeyError, TypeError: inputs without ``points``, or no tensor. Settings out of range or of another type.
     """
 
     def __init__(self, num_groups: int = 64, group_size: int = 32, embed_dim: int = 384, encoder_dim: int | None = None,
@@ -84,9 +90,9 @@ class PointPatchEmbed(nn.Module):
                  skip_origin: bool = False):
         super().__init__()
         for name, value, least in (('num_groups', num_groups, 1), ('group_size', group_size, 1),
-                                   ('in_channels', in_channels, 3)):
-            if value < least:
-                raise ValueError(f'PointPatchEmbed: {name} must be at least {least}, got {value}')
+                                   ('embed_dim', embed_dim, 1), ('in_channels', in_channels, 3),
+                                   ('pos_dim', pos_dim, 1), ('encoder_dim', encoder_dim or 1, 1)):
+            check_integer(f'PointPatchEmbed: {name}', value, least)
         self.num_groups = num_groups
         self.group_size = group_size
         self.embed_dim = embed_dim
@@ -111,7 +117,18 @@ class PointPatchEmbed(nn.Module):
         return center, patches - offset.unsqueeze(2)
 
     def forward(self, inputs: dict | Tensor) -> Tokens:
-        points = inputs['points'] if isinstance(inputs, dict) else inputs
+        points = _points(inputs)
         center, patches = self.group(points)
         x = self.encoder(patches.flatten(0, 1)).view(*patches.shape[:2], -1)  # (B, G, encoder_dim)
         return Tokens(self.reduce_dim(x), self.pos_embed(center), center, patches[..., :3])
+
+
+def _points(inputs: Mapping | Tensor) -> Tensor:
+    points = inputs
+    if isinstance(inputs, Mapping):
+        if 'points' not in inputs:
+            raise KeyError(f"the inputs need the key 'points', found {sorted(map(str, inputs))}")
+        points = inputs['points']
+    if not isinstance(points, Tensor):
+        raise TypeError(f'points must be a tensor (B, N, 3) or dict(points=...), got {type(points).__name__}')
+    return points

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.block import Block, init_vit
 from ewa3d.registry import MODELS
 from ewa3d.structures import Tokens
@@ -33,8 +34,12 @@ class TokenEncoder(nn.Module):
         super().__init__()
         if pos not in ('every', 'first'):
             raise ValueError(f"pos must be 'every' or 'first', got {pos!r}")
-        if depth < 1:
-            raise ValueError(f'depth must be at least 1, got {depth}')
+        for name, value in (('embed_dim', embed_dim), ('depth', depth), ('num_heads', num_heads)):
+            check_integer(f'TokenEncoder: {name}', value, 1)
+        for name, value, within in (('mlp_ratio', mlp_ratio, '(0, inf)'), ('drop_path_rate', drop_path_rate, '[0, 1)'),
+                                    ('proj_drop', proj_drop, '[0, 1]'), ('attn_drop', attn_drop, '[0, 1]'),
+                                    ('norm_eps', norm_eps, '[0, inf)')):
+            check_number(f'TokenEncoder: {name}', value, within)
         if not isinstance(tokenizer, nn.Module):
             tokenizer = MODELS.build({'embed_dim': embed_dim, **tokenizer})
         if getattr(tokenizer, 'embed_dim', embed_dim) != embed_dim:

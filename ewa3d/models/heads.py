@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.block import init_vit
 from ewa3d.registry import MODELS
 from ewa3d.structures import Sample
@@ -29,7 +30,8 @@ class ClsHead(nn.Module):
         - feats ``(B, in_channels)``; logits ``(B, num_classes)``.
 
     Raises:
-        ValueError: ``num_classes`` or ``in_channels`` missing, an unknown form, labels outside the classes.
+        ValueError, TypeError: ``num_classes`` or ``in_channels`` missing, a number out of range, an unknown form,
+            labels outside the classes.
     """
 
     def __init__(self, num_classes: int | None = None, in_channels: int | None = None, form: str = 'mlp',
@@ -38,12 +40,12 @@ class ClsHead(nn.Module):
         if num_classes is None:
             raise ValueError('ClsHead: num_classes is not set. tools/train.py fills it in from the class names of the '
                              'training set; otherwise set model.head.num_classes, or ewa3d.build(..., num_classes=...)')
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f'ClsHead: num_classes must be a positive integer, got {num_classes!r}')
         if in_channels is None:
             raise ValueError('ClsHead: in_channels is not set (TaskModel fills it in from its neck)')
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f'ClsHead: label_smoothing must lie in [0, 1], got {label_smoothing}')
+        for name, value in (('num_classes', num_classes), ('in_channels', in_channels), ('hidden', hidden)):
+            check_integer(f'ClsHead: {name}', value, 1)
+        for name, value in (('label_smoothing', label_smoothing), ('dropout', dropout)):
+            check_number(f'ClsHead: {name}', value, '[0, 1]')
         self.num_classes = num_classes
         self.in_channels = in_channels
         self.label_smoothing = label_smoothing
