@@ -1,3 +1,3 @@
-# Overlay: a moving average of the whole model, BatchNorm statistics included. The first 500 steps weigh alike (a plain
-# mean); a fixed momentum from the first step on would keep some of the initial statistics for thousands of steps.
-ema_hook = dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.002, gamma=1, update_buffers=True)
+# Overlay: an exponential moving average of the parameters. BatchNorm statistics are those of the current model: averaged
+# over hundreds of steps, the statistics of early training linger, and where a variance is small they are far too large.
+ema_hook = dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.002)
