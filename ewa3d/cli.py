@@ -181,10 +181,11 @@ def test(args) -> int:
     cfg = _prepare(args)
     from mmengine.dist import is_main_process
 
-    from ewa3d.engine.checkpoint import atomic_write, load_any, read_checkpoint, select_weights
+    from ewa3d.engine.checkpoint import load_any, read_checkpoint, select_weights
     from ewa3d.engine.hooks import unwrapped
     from ewa3d.engine.runner import Runner
     from ewa3d.engine.validate import check_config
+    from ewa3d.files import atomic_write
     check_config(cfg)  # all of it, before the parts for training are left out
     checkpoint = read_checkpoint(args.checkpoint)
     weights, kind = select_weights(checkpoint, args.weights)
@@ -207,9 +208,7 @@ def test(args) -> int:
                   'weights': kind, 'epoch': meta.get('epoch'), **_describe_data(cfg, data),
                   'seed': meta.get('seed', runner.seed)}
         if is_main_process():
-            text = json.dumps(result, indent=2) + '\n'
-            out = Path(cfg.work_dir) / 'metrics.json'
-            atomic_write(out, lambda file: file.write(text.encode()))
+            out = atomic_write(Path(cfg.work_dir) / 'metrics.json', json.dumps(result, indent=2) + '\n')
             sys.stdout.write('  '.join(f'{k} {v:.2f}' for k, v in metrics.items() if 'acc/' not in k) + f'  → {out}\n')
     finally:
         Runner.log_name = before

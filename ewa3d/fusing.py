@@ -8,16 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ewa3d.engine.checkpoint import (
-    SUFFIXES,
-    load_model_state,
-    read_checkpoint,
-    select_weights,
-    to_plain,
-    write_checkpoint,
-)
+from ewa3d.engine.checkpoint import SUFFIXES, load_model_state, read_checkpoint, select_weights, write_checkpoint
+from ewa3d.engine.plain import to_plain
 from ewa3d.registry import MODELS
-from ewa3d.reparam import fuse
+from ewa3d.reparam import Report, fuse
 
 __all__ = ['FuseReport', 'fuse_checkpoint', 'example_inputs', 'output_difference', 'plain_config',
            'trusted_part']
@@ -78,15 +72,12 @@ def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | N
     cfg = _config_of(meta, config, checkpoint)
     state, kind = select_weights(content, weights)
 
-    expanded = MODELS.build(copy.deepcopy(cfg['model']))
+    expanded = _built(cfg['model'], checkpoint)
     load_model_state(expanded, state, str(checkpoint))
     expanded.eval().requires_grad_(False)
-    plain = copy.deepcopy(expanded)
-    rows = fuse(plain)
+    plain, rows, difference = _fused(expanded, example_inputs(cfg))
     kept = {row.before for row in rows if row.status == 'kept'}
     fused = sum(row.status == 'fused' for row in rows)
-    difference = {str(dtype).removeprefix('torch.'): output_difference(expanded, plain, example_inputs(cfg), dtype)
-                  for dtype in (torch.float32, torch.float64)}
     report = FuseReport(str(rows), kind, fused, sum(row.status == 'kept' for row in rows), difference, tolerance, out)
     if not fused:
         report.notes.append('there was nothing to fuse')
@@ -97,19 +88,40 @@ def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | N
         return report
 
     plain_cfg = plain_config(cfg, kept)
-    load_model_state(MODELS.build(copy.deepcopy(plain_cfg['model'])), plain.state_dict(), 'the fused model')
+    load_model_state(_built(plain_cfg['model'], checkpoint), plain.state_dict(), 'the fused model')
     meta.update(cfg=plain_cfg, weights=kind, fused=dict(source=checkpoint.name, modules=fused, difference=difference))
     write_checkpoint(out, plain.state_dict(), meta)
     report.written = True
     return report
 
 
+def _built(cfg: Mapping, checkpoint: Path) -> nn.Module:
+    try:
+        return MODELS.build(copy.deepcopy(dict(cfg)))
+    except Exception as error:  # the config is whatever the file says, and so is what its values lead to
+        reason = ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+        raise ValueError(f'{checkpoint}: its model config cannot be built: {type(error).__name__}: {reason}') from error
+
+
+def _fused(expanded: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[nn.Module, Report, dict]:
+    """The plain model, the report, and by precision the output difference of models fused in that precision."""
+    difference, results = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        before = copy.deepcopy(expanded).to(dtype)
+        after = copy.deepcopy(before)
+        results[dtype] = after, fuse(after)
+        difference[str(dtype).removeprefix('torch.')] = output_difference(before, after, inputs, dtype)
+    return *results[torch.float32], difference
+
+
 def _config_of(meta: Mapping, config: Mapping | None, checkpoint: Path) -> dict:
     stored = meta.get('cfg')
     if config is not None:
         cfg = to_plain(config.to_dict() if hasattr(config, 'to_dict') else config, 'config')
+        if not isinstance(cfg.get('model'), dict):
+            raise ValueError(f'the config for {checkpoint} has no model')
         classes = (meta.get('dataset_meta') or {}).get('classes')
-        head = cfg.get('model', {}).get('head')
+        head = cfg['model'].get('head')
         if isinstance(head, dict) and head.get('num_classes') is None and classes:
             head['num_classes'] = len(classes)
         cfg['model'] = {k: v for k, v in cfg['model'].items() if k != 'pretrained'}
@@ -151,7 +163,8 @@ def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:
     """``cfg`` without what training added: ``model.expand`` (but for modules that stay) and, then, the EWA hook."""
     cfg = copy.deepcopy(dict(cfg))
     model = cfg['model'] = dict(cfg['model'])
-    rules = [rule for rule in model.pop('expand', None) or [] if rule.get('type') in kept]
+    rules = model.pop('expand', None) or []
+    rules = [rule for rule in ([rules] if isinstance(rules, Mapping) else rules) if rule.get('type') in kept]
     model.pop('pretrained', None)
     if rules:
         model['expand'] = rules

@@ -24,6 +24,7 @@ from ewa3d.bench import Case, Settings, measure
 from ewa3d.cli import USER_ERRORS, load_config, one_line
 from ewa3d.engine.checkpoint import find_last_checkpoint
 from ewa3d.engine.runner import Runner
+from ewa3d.files import atomic_write
 from ewa3d.fusing import fuse_checkpoint
 
 __all__ = ['main']
@@ -63,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
         f'experts,\nevaluates both, fuses the experts away, evaluates again and compares. At most 5 minutes on 2 CPU '
         f'cores.\nCompute threads: {args.threads}; seed: {args.seed}; everything goes to {work_dir}\n')
     results = experiment(configs, work_dir, args.seed, args.threads)
-    visualization.write_atomic(work_dir / 'results.json', json.dumps(results, indent=1) + '\n')
-    visualization.write_atomic(work_dir / 'results.md', table(results) + '\n')
+    atomic_write(work_dir / 'results.json', json.dumps(results, indent=1) + '\n')
+    atomic_write(work_dir / 'results.md', table(results) + '\n')
     say(f'\n{table(results)}\n\nDone in {_clock(time.perf_counter() - started)}. Files:')
     for name in PRODUCTS:
         say(f'  {work_dir / name}')
@@ -81,7 +82,9 @@ def experiment(configs: dict[str, Path], work_dir: Path, seed: int = 0, threads:
     for number, name in enumerate(NAMES, 1):
         checkpoints[name] = train(_config(configs[name], work_dir / name, seed), f'[{number}/2 {name}]')
     checkpoints['fused'] = work_dir / 'ewa' / 'fused.pth'
-    fuse_checkpoint(checkpoints['ewa'], checkpoints['fused'])
+    report = fuse_checkpoint(checkpoints['ewa'], checkpoints['fused'])
+    if not report.written:
+        raise ValueError(f'fusing {checkpoints["ewa"]} changed the model:\n{report}')
     say('evaluating: plain, EWA, EWA fused …')
     judged = {}
     for name, checkpoint in checkpoints.items():  # the fused checkpoint is a plain one: the plain config reads it

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ewa3d.files import atomic_write
 from ewa3d.registry import nearest
 
-__all__ = ['draw_clouds', 'draw_predictions', 'draw_curves', 'draw_confusion', 'write_ply', 'write_atomic', 'palette']
+__all__ = ['draw_clouds', 'draw_predictions', 'draw_curves', 'draw_confusion', 'write_ply', 'palette']
 
 INK, MUTED = '#23272f', '#8a919c'
 RIGHT, WRONG, PLAIN = '#1f8a70', '#d1495b', '#3a6ea5'
@@ -25,14 +26,6 @@ RIGHT, WRONG, PLAIN = '#1f8a70', '#d1495b', '#3a6ea5'
 PALETTE = ('#3a6ea5', '#e07b39', '#1f8a70', '#d1495b', '#7b5ea7', '#d4a017', '#4aa8c0', '#8c564b', '#6b8e23', '#c770a8',
            '#5b6c8f', '#b35c1e')
 UP_AXES = {'x': (1, 2, 0), 'y': (2, 0, 1), 'z': (0, 1, 2)}  # even permutations: no mirror image
-
-
-def write_atomic(path, data: bytes | str) -> Path:
-    """Write ``data`` to ``path``, complete or not at all, and return the path."""
-    from ewa3d.engine.checkpoint import atomic_write  # the one implementation; importing it starts the engine
-    payload = data.encode() if isinstance(data, str) else data
-    atomic_write(path, lambda file: file.write(payload))
-    return Path(path)
 
 
 def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, colors: Sequence | None = None,
@@ -187,7 +180,7 @@ def write_ply(path, points, colors=None) -> Path:
     kinds = {'<f4': 'float', 'u1': 'uchar'}
     header = ['ply', 'format binary_little_endian 1.0', f'element vertex {len(points)}',
               *(f'property {kinds[kind]} {name}' for name, kind in fields), 'end_header', '']
-    return write_atomic(path, '\n'.join(header).encode('ascii') + vertices.tobytes())
+    return atomic_write(path, '\n'.join(header).encode('ascii') + vertices.tobytes())
 
 
 def palette(labels) -> np.ndarray:
@@ -312,4 +305,4 @@ def _save(figure, path) -> Path:
         raise ValueError(f'{path}: expected a file name that ends in .png')
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=130, metadata={'Software': None})  # the same picture, the same bytes
-    return write_atomic(path, buffer.getvalue())
+    return atomic_write(path, buffer.getvalue())

@@ -1,5 +1,6 @@
 """Checkpoints: round trip, atomic writing, damage, hostile files, loading errors."""
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -11,16 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from ewa3d.engine import checkpoint as C
 from ewa3d.engine.checkpoint import (
     FORMAT_VERSION,
     find_last_checkpoint,
     load_model_state,
     read_checkpoint,
     select_weights,
-    to_plain,
     write_checkpoint,
 )
+from ewa3d.engine.plain import checksum, to_plain
+from ewa3d.registry import MODELS
+from ewa3d.reparam import expand
 
 STATE = {'a.weight': torch.arange(6.0).view(2, 3), 'b': torch.tensor(3), 'c': torch.randn(4).bfloat16(),
          'd': torch.zeros(0, 2), 'e': torch.tensor([True, False])}
@@ -122,12 +124,12 @@ def test_a_flipped_bit_is_noticed(tmp_path):
 def test_checksum_covers_everything_but_not_the_order(tmp_path):
     one = dict(format_version=1, meta=dict(a=1, b=2), state_dict=dict(x=torch.ones(2), y=torch.zeros(2)))
     other = dict(state_dict=dict(y=torch.zeros(2), x=torch.ones(2)), meta=dict(b=2, a=1), format_version=1)
-    assert C._checksum(one) == C._checksum(other)
+    assert checksum(one) == checksum(other)
     variants = [dict(one, meta=dict(a=1, b=3)), dict(one, extra=1), dict(one, meta=dict(a=1, b='2')),
                 dict(one, state_dict=dict(x=torch.ones(2), z=torch.zeros(2))),
                 dict(one, state_dict=dict(x=torch.ones(2, 1), y=torch.zeros(2))),
                 dict(one, state_dict=dict(x=torch.ones(2), y=torch.zeros(2, dtype=torch.int32)))]
-    assert len({C._checksum(v) for v in [one, *variants]}) == len(variants) + 1
+    assert len({checksum(v) for v in [one, *variants]}) == len(variants) + 1
 
 
 def test_newer_format(tmp_path):
@@ -200,6 +202,79 @@ def test_the_allow_list_is_not_left_open(tmp_path):
     assert torch.serialization.get_safe_globals() == before
 
 
+def test_the_refusal_gives_no_dangerous_advice(tmp_path):
+    """torch's own messages recommend to read such a file without protection."""
+    path = tmp_path / 'x.pth'
+    contents = [pickle.dumps(Evil(print)), pickle.dumps(dict(a=1), protocol=5), b'\x80\x02\x95junk', b'junk']
+    zipped = write(tmp_path, 'y.pth').read_bytes()
+    for content in [*contents, zipped.replace(b'ctorch._utils', b'ctorch._utilz')]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r'x\.pth') as caught:
+            read_checkpoint(path)
+        assert 'weights_only' not in str(caught.value) and '\n' not in str(caught.value)
+    torch.jit.save(torch.jit.script(nn.ReLU()), path)
+    with pytest.raises(ValueError, match=r'x\.pth') as caught:
+        read_checkpoint(path)
+    assert 'weights_only' not in str(caught.value)
+
+
+def test_flipped_bytes_in_a_legacy_file(tmp_path):
+    """The old format has no checksum of any kind: whatever the reader stumbles over is a ValueError."""
+    torch.save(STATE, tmp_path / 'x.pth', _use_new_zipfile_serialization=False)
+    whole = (tmp_path / 'x.pth').read_bytes()
+    for position in range(0, len(whole), 3):
+        content = bytearray(whole)
+        content[position] ^= 0xA5
+        (tmp_path / 'x.pth').write_bytes(content)
+        with contextlib.suppress(ValueError):  # or it is read: a flipped weight cannot be told from another weight
+            read_checkpoint(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(state_dict=[1]), 'state_dict is a list; a dict was expected'),
+    (dict(state_dict={'a': 'text'}), r"state_dict\['a'\] is a str; a tensor was expected"),
+    (dict(state_dict={1: torch.ones(1)}), r'state_dict has the key 1; names'),
+    (dict(ema_state_dict={'a': None}), r"ema_state_dict\['a'\] is a NoneType; a tensor"),
+    (dict(meta=[1]), 'meta is a list; a dict was expected'),
+    (dict(meta=dict(dataset_meta=[1])), r'meta\.dataset_meta is a list; a dict'),
+    (dict(meta=dict(dataset_meta=dict(classes=3))), r'meta\.dataset_meta\.classes is a int; a list'),
+    (dict(meta=dict(seed='x')), r'meta\.seed is a str; an integer'),
+    (dict(optimizer=[1]), 'optimizer is a list; a dict'),
+    (dict(rng=3), 'rng is a int; a list'),
+    ({7: 1}, 'the file has the key 7; names'),
+    (dict(more=torch.eye(2).to_sparse()), 'holds what no checkpoint of ewa3d does'),
+])
+def test_entries_of_another_type_are_named(tmp_path, change, message):
+    """Files with our version and a right checksum, which anybody can compute."""
+    content = {**dict(format_version=1, meta={}, state_dict=dict(STATE)), **change}
+    with contextlib.suppress(Exception):
+        content['checksum'] = checksum(content)
+    torch.save(content, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=rf'x\.pth:? .*{message}'):
+        read_checkpoint(tmp_path / 'x.pth')
+
+
+def test_a_list_that_holds_itself(tmp_path):
+    endless = []
+    endless.append(endless)
+    torch.save(dict(format_version=1, meta={}, state_dict={}, more=endless), tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match='holds what no checkpoint of ewa3d does'):
+        read_checkpoint(tmp_path / 'x.pth')
+
+
+def test_foreign_entries_of_another_type(tmp_path):
+    for content, message in (({1: torch.ones(1)}, 'the file has the key 1'), (dict(meta=[1]), 'meta is a list'),
+                             (dict(state_dict=[1]), 'state_dict is a list'),
+                             (dict(state_dict={(1, 2): torch.ones(1)}), r'state_dict has the key \(1, 2\)')):
+        torch.save(content, tmp_path / 'x.pth')
+        with pytest.raises(ValueError, match=rf'x\.pth: {message}'):
+            read_checkpoint(tmp_path / 'x.pth')
+    torch.save(dict(state_dict=dict(STATE, note='by hand'), optimizer=None, rng='abc'), tmp_path / 'x.pth')
+    assert read_checkpoint(tmp_path / 'x.pth')['rng'] == 'abc'  # nothing here reads it
+    with pytest.raises(ValueError, match="'note' is a str; a tensor was expected"):
+        load_model_state(nn.Linear(1, 1), read_checkpoint(tmp_path / 'x.pth')['state_dict'])
+
+
 # ---- use ------------------------------------------------------------------------------------------------------------
 def test_find_last_checkpoint(tmp_path):
     assert find_last_checkpoint(tmp_path) is None
@@ -242,3 +317,35 @@ def test_load_model_state_says_what_is_wrong():
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), text
     load_model_state(model, {f'module.{k}': v for k, v in good.items()})
     assert all(torch.equal(v, good[k]) for k, v in model.state_dict().items())
+
+
+def task_model(num_experts=0, embed_dim=16, num_classes=3, hidden=16):
+    cfg = dict(type='TaskModel', neck=dict(type='TokenPool'),
+               head=dict(type='ClsHead', num_classes=num_classes, hidden=hidden),
+               backbone=dict(type='TokenEncoder', embed_dim=embed_dim, depth=2, num_heads=2,
+                             tokenizer=dict(type='PointPatchEmbed', num_groups=4, group_size=4, embed_dim=embed_dim)))
+    model = MODELS.build(cfg)
+    if num_experts:
+        expand(model, dict(type='EWAFFN', at='backbone.blocks.*.mlp', num_experts=num_experts))
+    return model
+
+
+def test_the_likely_cause_is_the_right_one():
+    def error(model, other) -> str:
+        with pytest.raises(ValueError) as caught:
+            load_model_state(model, other if isinstance(other, dict) else other.state_dict(), 'f.pth')
+        return str(caught.value)
+
+    classes = 'The number of classes differs'
+    text = error(task_model(num_experts=4), task_model(num_experts=3))
+    assert 'E=3 experts, the model E=4: set num_experts=3' in text and classes not in text
+    assert 'fuse it with tools/fuse.py' in error(task_model(), task_model(num_experts=2))
+    assert f'{classes}: 5 in the checkpoint, 3 in the model' in error(task_model(), task_model(num_classes=5))
+    assert f'{classes}: 5 in' in error(task_model(num_experts=2), task_model(num_experts=2, num_classes=5))
+    wider = task_model().state_dict()
+    wider['backbone.blocks.0.mlp.fc1.weight'] = torch.zeros(77, 16)
+    for text in (error(task_model(), wider), error(task_model(), task_model(embed_dim=32)),
+                 error(task_model(), task_model(hidden=32)),
+                 error(task_model(num_experts=3), task_model(num_experts=2, num_classes=5))):
+        assert 'another config' in text or 'another model' in text
+        assert classes not in text and 'experts,' not in text

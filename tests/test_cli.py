@@ -228,6 +228,12 @@ def test_not_a_number_is_refused(trained, tmp_path):
     assert not (tmp_path / 'out.pth').exists()
 
 
+def test_the_model_is_fused_in_double_for_the_double_line(trained, tmp_path):
+    report = fusing.fuse_checkpoint(trained / 'run' / 'epoch_1.pth', tmp_path / 'out.pth')
+    assert report.difference['float64']['relative'] < 1e-13
+    assert all(v.dtype != torch.float64 for v in read_checkpoint(tmp_path / 'out.pth')['state_dict'].values())
+
+
 # ---- hostile ---------------------------------------------------------------------------------------------------------
 class Evil:
     def __init__(self, marker):
@@ -272,6 +278,17 @@ def test_hostile_configs_are_refused(trained, tmp_path, capsys):
     finally:
         sys.path.remove(str(tmp_path))
     assert not marker.exists() and 'evil_module' not in sys.modules and not (tmp_path / 'out.pth').exists()
+
+
+def test_unbuildable_configs_are_named(trained, tmp_path, capsys):
+    content = read_checkpoint(trained / 'run' / 'epoch_1.pth')
+    for change in (dict(depth='abc'), dict(depth=-1), dict(num_heads=0), dict(tokenizer=3), dict(embed_dim=10**30),
+                   dict(type='TokenEncodr'), dict(depht=2)):
+        meta = copy.deepcopy(content['meta'])
+        meta['cfg']['model']['backbone'].update(change)
+        bad = write_checkpoint(tmp_path / 'bad.pth', content['state_dict'], meta)
+        error = fails(capsys, 'fuse', str(bad), str(tmp_path / 'out.pth'))
+        assert 'bad.pth' in error and not (tmp_path / 'out.pth').exists()
 
 
 def test_trusted_part():

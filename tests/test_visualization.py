@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ewa3d import visualization as vis
+from ewa3d.files import atomic_write
 
 
 @pytest.fixture
@@ -136,17 +137,17 @@ def test_bad_input_is_named_and_writes_nothing(cloud, tmp_path, call, message):
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = vis.write_atomic(tmp_path / 'a.txt', 'old')
+    path = atomic_write(tmp_path / 'a.txt', 'old')
 
     def fail(*args):
         raise OSError('disk full')
 
     monkeypatch.setattr(os, 'replace', fail)
     with pytest.raises(OSError, match='disk full'):
-        vis.write_atomic(path, 'new')
+        atomic_write(path, 'new')
     assert path.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['a.txt']
     with pytest.raises(IsADirectoryError, match='is a folder'):
-        vis.write_atomic(tmp_path, 'new')
+        atomic_write(tmp_path, 'new')
 
 
 def test_no_pyplot_and_no_display(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from ewa3d.bench import layers, ops, step
 from ewa3d.bench.harness import DTYPES, Case, Row, Settings, measure, report, table
 from ewa3d.engine.memory import keep_freed_memory
+from ewa3d.files import atomic_write
 from ewa3d.registry import nearest
-from ewa3d.visualization import write_atomic
 
 __all__ = ['SUITES', 'main', 'run']
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report(rows, settings)
     _say(_describe(result), table(rows), sep='\n\n')
     if args.out:
-        _say(f'written to {write_atomic(args.out, json.dumps(result, indent=1) + chr(10))}')
+        _say(f'written to {atomic_write(args.out, json.dumps(result, indent=1) + chr(10))}')
     return 0
 
 

@@ -16,13 +16,10 @@ it), or a ``.safetensors`` file with weights only. Keys:
 Nothing in a file is ever executed: pickles are read with an allow-list, configs are data.
 """
 import argparse
-import hashlib
 import json
-import os
 import pickle
 import re
-import tempfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,118 +27,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ewa3d.engine.plain import checksum, storable, to_plain
+from ewa3d.files import atomic_write
+from ewa3d.layers.experts import iter_experts
+
 __all__ = ['FORMAT_VERSION', 'read_checkpoint', 'write_checkpoint', 'select_weights', 'load_model_state', 'load_any',
-           'find_last_checkpoint', 'to_plain', 'atomic_write']
+           'find_last_checkpoint']
 
 FORMAT_VERSION = 1
 SUFFIXES = ('.pth', '.safetensors')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plain data
-# ---------------------------------------------------------------------------------------------------------------------
-def to_plain(value, where: str = 'value'):
-    """``value`` as JSON-able data: dicts with string keys, lists, strings, numbers, booleans, ``None``.
-
-    Tuples and arrays become lists, a class or function becomes its name.
-
-    Raises:
-        TypeError: something has no such form; ``where`` and the path to it are named.
-    """
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v, f'{where}.{k}') for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-        return [to_plain(v, f'{where}[{i}]') for i, v in enumerate(items)]
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, (np.ndarray, Tensor)):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (torch.dtype, torch.device)):
-        return str(value)
-    if callable(value) and hasattr(value, '__name__'):
-        return value.__name__
-    raise TypeError(f'{where} is a {type(value).__name__}, which has no JSON form; use numbers, strings, lists, dicts')
-
-
-def _storable(value, where: str):
-    """``value`` as what ``weights_only`` reading accepts: tensors on the CPU and plain Python values."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
-        return value
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        # A view would drag its whole storage into the file.
-        shared = value.untyped_storage().nbytes() != value.numel() * value.element_size()
-        return value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
-    if isinstance(value, Mapping):
-        kind = Counter if isinstance(value, Counter) else dict
-        return kind({k: _storable(v, f'{where}.{k}') for k, v in value.items()})
-    if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(_storable(v, f'{where}[{i}]') for i, v in enumerate(value))
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(value))
-    raise TypeError(f'{where} is a {type(value).__name__}; a checkpoint holds tensors and plain Python values only')
-
-
-def _digest(value, sha) -> None:
-    """Feed ``value`` to ``sha``, unambiguously and independent of the order of dict keys."""
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        sha.update(f't{value.dtype}{tuple(value.shape)}'.encode())
-        sha.update(flat.view(torch.uint8).numpy() if flat.numel() else b'')
-    elif isinstance(value, Mapping):
-        sha.update(b'{%d' % len(value))
-        for key in sorted(value, key=lambda k: (type(k).__name__, str(k))):
-            sha.update(f'k{type(key).__name__}:{key}='.encode())
-            _digest(value[key], sha)
-    elif isinstance(value, (list, tuple)):
-        sha.update(b'[%d' % len(value))
-        for item in value:
-            _digest(item, sha)
-    else:
-        text = repr(value).encode()
-        sha.update(b'v%d:' % len(text) + text)
-
-
-def _checksum(checkpoint: Mapping) -> str:
-    sha = hashlib.sha256()
-    _digest({k: v for k, v in checkpoint.items() if k != 'checksum'}, sha)
-    return sha.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
-def atomic_write(path: str | Path, write) -> None:
-    """Call ``write(file)`` on a temporary binary file beside ``path``, flush it to the disk, rename it to ``path``.
-
-    Whatever happens, ``path`` is the old file or the complete new one.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f'{path} is a folder; the name of a file was expected')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; a checkpoint is an ordinary file
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def write_checkpoint(path: str | Path, state_dict: Mapping, meta: Mapping | None = None, **parts) -> Path:
     """Write a checkpoint atomically, with format version and checksum.
 
@@ -159,25 +58,25 @@ def write_checkpoint(path: str | Path, state_dict: Mapping, meta: Mapping | None
     if path.suffix not in SUFFIXES:
         raise ValueError(f'{path}: a checkpoint ends in .pth or .safetensors, got {path.suffix!r}')
     meta = to_plain(meta or {}, 'meta')
-    weights = _storable(state_dict, 'state_dict')
+    weights = storable(state_dict, 'state_dict')
     if path.suffix == '.safetensors':
         if parts:
             raise ValueError(f'{path}: a safetensors file holds weights only, not {", ".join(sorted(parts))}')
         _write_safetensors(path, weights, meta)
         return path
     checkpoint = dict(format_version=FORMAT_VERSION, meta=meta, state_dict=weights,
-                      **{k: _storable(v, k) for k, v in parts.items()})
-    checkpoint['checksum'] = _checksum(checkpoint)
+                      **{k: storable(v, k) for k, v in parts.items()})
+    checkpoint['checksum'] = checksum(checkpoint)
     atomic_write(path, lambda file: torch.save(checkpoint, file))
     return path
 
 
 def _write_safetensors(path: Path, weights: dict, meta: dict) -> None:
     from safetensors.torch import save
-    checksum = _checksum(dict(format_version=FORMAT_VERSION, meta=meta, state_dict=weights))
-    header = dict(format='pt', format_version=str(FORMAT_VERSION), checksum=checksum, meta=json.dumps(meta))
+    digest = checksum(dict(format_version=FORMAT_VERSION, meta=meta, state_dict=weights))
+    header = dict(format='pt', format_version=str(FORMAT_VERSION), checksum=digest, meta=json.dumps(meta))
     blob = save({k: v.clone() for k, v in weights.items()}, metadata=header)  # tied weights must not share memory
-    atomic_write(path, lambda file: file.write(blob))
+    atomic_write(path, blob)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,8 +102,9 @@ def read_checkpoint(path: str | Path, map_location='cpu') -> dict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, truncated, corrupt, fails its checksum, was written by a newer ewa3d, or is a
-            pickle that wants to import something (the refused name is in the message).
+        ValueError: the file is empty, truncated, corrupt, fails its checksum, was written by a newer ewa3d, has an
+            entry of another type than is expected there, or is a pickle that wants to import something (the refused
+            name is in the message).
     """
     path = Path(path)
     if not path.exists():
@@ -216,6 +116,7 @@ def read_checkpoint(path: str | Path, map_location='cpu') -> dict:
     checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
     if 'format_version' in checkpoint:
         _verify(checkpoint, path)
+    _check_entries(checkpoint, path)
     return _to_device(checkpoint, map_location)
 
 
@@ -224,15 +125,13 @@ def _read_pickle(path: Path) -> dict:
         with torch.serialization.safe_globals(_inert_classes()):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r'GLOBAL (\S+)', str(error))
-        if refused:
-            raise ValueError(f'checkpoint {path} was refused: its pickle asks for {refused.group(1)!r}, which is not '
-                             'on the list of inert types. Nothing in it was run.') from None
-        raise ValueError(f'checkpoint {path} was refused: {_first_line(error)}') from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError,
-            AssertionError, UnicodeDecodeError, ImportError, OverflowError, MemoryError, LookupError) as error:
+        asked = re.search(r'GLOBAL (\S+)', str(error))
+        reason = (f'its pickle asks for {asked.group(1)!r}, which is not on the list of inert types' if asked else
+                  'its pickle is damaged, or does more than to hold tensors and plain values')
+        raise ValueError(f'checkpoint {path} was refused: {reason}. Nothing in it was run.') from None
+    except Exception as error:  # damaged bytes can make the unpickler fail in any way
         raise ValueError(f'checkpoint {path} cannot be read; it is truncated, corrupt or no PyTorch file '
-                         f'({type(error).__name__}: {_first_line(error)})') from None
+                         f'({_detail(error)})') from None
     if isinstance(checkpoint, argparse.Namespace):
         checkpoint = vars(checkpoint)
     if not isinstance(checkpoint, Mapping):
@@ -249,13 +148,20 @@ def _read_safetensors(path: Path) -> dict:
         checkpoint = dict(state_dict=weights, meta=json.loads(header.get('meta', '{}')))
         if 'format_version' in header:
             checkpoint.update(format_version=int(header['format_version']), checksum=header.get('checksum'))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f'checkpoint {path} cannot be read; it is truncated, corrupt or no safetensors file '
-                         f'({_first_line(error)})') from None
+                         f'({_detail(error)})') from None
     return checkpoint
 
 
+def _detail(error: Exception) -> str:
+    """The first line of an error of the reader; never its advice to read the file without protection."""
+    text = (str(error).strip().splitlines() or [''])[0][:200]
+    return type(error).__name__ if not text or 'weights_only' in text else f'{type(error).__name__}: {text}'
+
+
 def _verify(checkpoint: dict, path: Path) -> None:
+    """Version and checksum of a file of ours."""
     version = checkpoint['format_version']
     if not isinstance(version, int) or version < 1:
         raise ValueError(f'checkpoint {path} has format_version {version!r}; a positive integer was expected')
@@ -263,10 +169,43 @@ def _verify(checkpoint: dict, path: Path) -> None:
         raise ValueError(f'checkpoint {path} has format version {version}, this ewa3d reads up to {FORMAT_VERSION}; '
                          'it was written by a newer release')
     for key in ('meta', 'state_dict'):
-        if not isinstance(checkpoint.get(key), Mapping):
+        if key not in checkpoint:
             raise ValueError(f'checkpoint {path} has no {key!r}')
-    if checkpoint.get('checksum') != _checksum(checkpoint):
+    try:
+        digest = checksum(checkpoint)
+    except Exception as error:  # sparse tensors, lists that hold themselves: nothing that was written here
+        raise ValueError(f'checkpoint {path} holds what no checkpoint of ewa3d does ({_detail(error)})') from None
+    if checkpoint.get('checksum') != digest:
         raise ValueError(f'checkpoint {path} does not match its checksum; the file was damaged or edited')
+
+
+# What the rest of the package takes for granted: entry → type and its name. Foreign files may lack all of them.
+_TYPES = {'meta': (Mapping, 'a dict'), 'meta.dataset_meta': (Mapping, 'a dict'), 'state_dict': (Mapping, 'a dict'),
+          'meta.dataset_meta.classes': (list, 'a list'), 'meta.epoch': (int, 'an integer'),
+          'meta.iter': (int, 'an integer'), 'meta.seed': (int, 'an integer'), 'meta.epoch_length': (int, 'an integer')}
+_TYPES_OF_OURS = {'ema_state_dict': (Mapping, 'a dict'), 'optimizer': (Mapping, 'a dict'), 'rng': (list, 'a list'),
+                  'message_hub': (Mapping, 'a dict'), 'gradients': (list, 'a list')}
+
+
+def _check_entries(checkpoint: dict, path: Path) -> None:
+    """Raise ``ValueError`` where an entry has not the type that everything after reading relies on."""
+    ours = 'format_version' in checkpoint
+    for where, (kind, name) in {**_TYPES, **(_TYPES_OF_OURS if ours else {})}.items():
+        value = checkpoint
+        for key in where.split('.'):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"checkpoint {path}: {where} is a {type(value).__name__}; {name} was expected")
+    for where, entries in (('the file', checkpoint), *((key, checkpoint.get(key) or {}) for key in
+                                                       ('state_dict', 'ema_state_dict'))):
+        if not isinstance(entries, Mapping):
+            continue  # of a foreign file, which nothing here reads
+        for key, value in entries.items():
+            if not isinstance(key, str):
+                raise ValueError(f'checkpoint {path}: {where} has the key {key!r}; names (strings) were expected')
+            if ours and entries is not checkpoint and not isinstance(value, Tensor):
+                raise ValueError(f'checkpoint {path}: {where}[{key!r}] is a {type(value).__name__}; a tensor was '
+                                 'expected')
 
 
 def _to_device(value, device):
@@ -279,11 +218,6 @@ def _to_device(value, device):
     if isinstance(value, (list, tuple)):
         return type(value)(_to_device(v, device) for v in value)
     return value
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
 
 
 def find_last_checkpoint(work_dir: str | Path) -> Path | None:
@@ -338,6 +272,9 @@ def load_model_state(model: nn.Module, state_dict: Mapping, name: str = 'checkpo
         ValueError: keys are missing or unexpected, or shapes differ; nothing was loaded in that case.
     """
     state = {k.removeprefix('module.'): v for k, v in state_dict.items()}
+    odd = next((k for k, v in state.items() if not isinstance(v, Tensor)), None)
+    if odd is not None:
+        raise ValueError(f'{name}: {odd!r} is a {type(state[odd]).__name__}; a tensor was expected')
     backup = {k: v.detach().clone() for k, v in model.state_dict().items()}
     try:
         result = model.load_state_dict(state, strict=False)
@@ -356,7 +293,7 @@ def load_model_state(model: nn.Module, state_dict: Mapping, name: str = 'checkpo
     if shapes:
         described = [f'{key}: {tuple(state[key].shape)}, the model has {tuple(backup[key].shape)}' for key in shapes]
         lines.append(f'{len(shapes)} of another shape ({_some(described)})')
-    raise ValueError('; '.join(lines) + '. ' + _likely_cause(state, backup, shapes, matched))
+    raise ValueError('; '.join(lines) + '. ' + _likely_cause(model, state, backup, shapes, matched))
 
 
 def load_any(model: nn.Module, checkpoint: Mapping, state_dict: Mapping, name: str = 'checkpoint') -> None:
@@ -375,14 +312,29 @@ def _some(items: list, n: int = 3) -> str:
     return ', '.join(map(str, items[:n])) + (', …' if len(items) > n else '')
 
 
-def _likely_cause(state: dict, own: dict, shapes: list, matched: int) -> str:
-    stacked = [k for k in shapes if state[k].ndim == own[k].ndim + 1 and state[k].shape[1:] == own[k].shape]
-    if stacked:
+def _likely_cause(model: nn.Module, state: dict, own: dict, shapes: list, matched: int) -> str:
+    here, there = ({k: tuple(tree[k].shape) for k in shapes} for tree in (own, state))
+    if any(there[k][1:] == here[k] for k in shapes):
         return ('The checkpoint is expanded and the model plain: fuse it with tools/fuse.py, or use the config it was '
                 'trained with.')
-    if shapes and all(state[k].ndim == own[k].ndim and state[k].shape[1:] == own[k].shape[1:] for k in shapes):
-        classes = state[shapes[-1]].shape[0], own[shapes[-1]].shape[0]
-        return f'The number of classes differs: {classes[0]} in the checkpoint, {classes[1]} in the model.'
+    if shapes and all(here[k][1:] == there[k][1:] for k in shapes):  # only the first dimension differs
+        key = shapes[-1]
+        if set(shapes) <= _expert_keys(model):
+            return (f'The checkpoint has E={there[key][0]} experts, the model E={here[key][0]}: set '
+                    f'num_experts={there[key][0]}.')
+        if set(shapes) <= _output_keys(own):
+            return f'The number of classes differs: {there[key][0]} in the checkpoint, {here[key][0]} in the model.'
     if matched * 2 < len(own):
         return 'It looks like a checkpoint of another model.'
     return 'The model was built with another config.'
+
+
+def _expert_keys(model: nn.Module) -> set[str]:
+    return {f'{name}.{key}' for name, module in iter_experts(model) for key in module.state_dict()}
+
+
+def _output_keys(own: Mapping) -> set[str]:
+    """The last layer's parameters; the last of the head where the model has one."""
+    keys = [key for key in own if key.startswith('head.')] or list(own)
+    layer = keys[-1].rpartition('.')[0]
+    return {key for key in keys if key.rpartition('.')[0] == layer}

@@ -22,7 +22,7 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from ewa3d.engine.averaging import attach_ewa
-from ewa3d.engine.checkpoint import atomic_write
+from ewa3d.files import atomic_write
 from ewa3d.registry import HOOKS
 
 __all__ = ['EWAHook', 'RNGStateHook', 'DatasetEpochHook', 'MetricsHook', 'CheckpointHook', 'LoggerHook',
@@ -262,7 +262,7 @@ def _trim_metrics(path: Path, runner) -> None:
         again = line['mode'] == 'val' and line['epoch'] == runner.epoch and runner.pending_validation
         if line['epoch'] <= runner.epoch and line['mode'] != 'test' and not again:
             kept.append(text + '\n')
-    atomic_write(path, lambda file: file.write(''.join(kept).encode()))
+    atomic_write(path, ''.join(kept))
 
 
 @HOOKS.register_module()
@@ -354,6 +354,6 @@ class CheckpointHook(_CheckpointHook):
                                save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch)
         if not is_main_process():
             return
-        atomic_write(Path(runner.work_dir) / 'last_checkpoint', lambda file: file.write(self.last_ckpt.encode()))
+        atomic_write(Path(runner.work_dir) / 'last_checkpoint', self.last_ckpt)
         for old in outdated:
             Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)

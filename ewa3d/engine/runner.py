@@ -22,18 +22,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import ewa3d
-from ewa3d.engine.checkpoint import (
-    atomic_write,
-    find_last_checkpoint,
-    load_any,
-    read_checkpoint,
-    to_plain,
-    write_checkpoint,
-)
+from ewa3d.engine.checkpoint import find_last_checkpoint, load_any, read_checkpoint, write_checkpoint
 from ewa3d.engine.environment import describe_environment, init_gloo, versions
 from ewa3d.engine.hooks import unwrapped
 from ewa3d.engine.memory import keep_freed_memory
+from ewa3d.engine.plain import to_plain
 from ewa3d.engine.validate import check_config, fill_num_classes, selection
+from ewa3d.files import atomic_write
 from ewa3d.registry import LOOPS, PARAM_SCHEDULERS, RUNNERS
 
 __all__ = ['Runner', 'TrainLoop']
@@ -149,8 +144,7 @@ class Runner(_Runner):
         self.logger.info(f'ewa3d {ewa3d.__version__}, torch {torch.__version__}, {environment["device"]}, '
                          f'seed {self._seed}, {self._world_size} process(es); work dir {self._work_dir}')
         if is_main_process() and self._train_loop is not None:
-            text = json.dumps(environment, indent=2)
-            atomic_write(Path(self._work_dir) / 'environment.json', lambda file: file.write(text.encode()))
+            atomic_write(Path(self._work_dir) / 'environment.json', json.dumps(environment, indent=2))
 
     def dump_config(self) -> None:
         """``config.py``: everything resolved, usable with tools/train.py."""
@@ -159,7 +153,7 @@ class Runner(_Runner):
         cfg = copy.deepcopy(self.cfg)
         for key in ('resume', 'launcher'):  # of this start, not of the experiment
             cfg.pop(key, None)
-        atomic_write(Path(self._work_dir) / 'config.py', lambda file: file.write(cfg.pretty_text.encode()))
+        atomic_write(Path(self._work_dir) / 'config.py', cfg.pretty_text)
 
     # ---- building ----------------------------------------------------------------------------------------------------
     def register_default_hooks(self, hooks=None) -> None:
@@ -181,7 +175,7 @@ class Runner(_Runner):
         return super().wrap_model(model_wrapper_cfg, model)
 
     def _init_model_weights(self) -> None:
-        """Nothing: models initialise themselves in their constructors, then load, then expand (ARCHITECTURE.md).
+        """Nothing: models initialise themselves in their constructors, then load, then expand.
 
         mmengine would call ``init_weights`` here, after the optimizer was built, and wipe loaded weights.
         """
