@@ -147,6 +147,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(points_module, '_compiling', lambda: False)
     else:
         monkeypatch.setattr(points_module, 'TREE_POINTS', 1 if request.param == 'tree' else 10**9)
+        monkeypatch.setattr(points_module, 'TREE_QUERIES', 1)
     return request.param
 
 
@@ -187,6 +188,31 @@ def test_knn_ways_agree_on_a_larger_cloud(monkeypatch):
     found = ops.knn(query, points, 33)[1]  # a tree by default
     monkeypatch.setattr(points_module, 'TREE_POINTS', 10**9)
     assert torch.equal(found, ops.knn(query, points, 33)[1])
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('B', [1, 5])
+def test_knn_by_trees_on_threads_and_in_parts(monkeypatch, threads, B):
+    points = torch.cat([grid(7), torch.rand(300, 3) * 6, grid(3)]).expand(B, -1, 3)  # ties and duplicates
+    points = points + torch.arange(B).view(B, 1, 1) * 100.
+    query = points[:, 200:400]
+    monkeypatch.setattr(points_module, 'TREE_POINTS', 10**9)
+    expected = ops.knn(query, points, 9)
+    monkeypatch.setattr(points_module, 'TREE_POINTS', 1)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    for chunk in (points_module.CHUNK, 10 * 33, 1):
+        monkeypatch.setattr(points_module, 'CHUNK', chunk)
+        for a, b in zip(ops.knn(query, points, 9), expected):
+            assert torch.equal(a, b)
+
+
+def test_knn_without_scipy_is_the_same(monkeypatch):
+    points = torch.randn(2, 2100, 3)
+    expected = ops.knn(points[:, :70], points, 5)
+    monkeypatch.setattr(points_module, '_tree_class', lambda: None)
+    monkeypatch.setattr(points_module, '_by_tree', None)
+    for a, b in zip(ops.knn(points[:, :70], points, 5), expected):
+        assert torch.equal(a, b)
 
 
 def test_knn_in_parts(monkeypatch):

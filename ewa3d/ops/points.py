@@ -1,18 +1,21 @@
 """Operators on point sets: farthest point sampling, nearest neighbours, gathering.
 
-Every function takes a batch of clouds on any device and needs torch alone. On a CPU the inner selections use numpy and
-scipy, whose ``argmax``, ``partition`` and k-d tree are several times faster than torch's; the results are the same.
+Every function takes a batch of clouds on any device and needs torch alone. On a CPU the inner selections use numpy and,
+where it is installed, scipy, whose ``argmax``, ``partition`` and k-d tree are several times faster than torch's; the
+results are the same.
 Indices carry no gradient; ``gather`` and the distances of ``knn`` do.
 """
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 __all__ = ['fps', 'knn', 'gather', 'check_points']
 
 ORIGIN_RADIUS2 = 1e-3  # the published kernels never pick a point with a squared norm up to this
-TREE_POINTS = 2048  # from this cloud size on a k-d tree beats comparing every pair
+TREE_POINTS, TREE_QUERIES = 2048, 64  # from these sizes on a k-d tree costs less than comparing every pair
 CHUNK = 1 << 17  # distances held at a time on a CPU: what stays in the cache
 DEVICE_CHUNK = 1 << 26  # and elsewhere: half a GiB
 
@@ -142,8 +145,17 @@ def knn(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ValueError: ``k`` larger than ``N``, coordinates that are not finite, shapes that do not fit.
     """
     idx = neighbours(query, points, k)
+    if _tracing():
+        return _distances(query, points, idx), idx
+    limit = 2 * CHUNK if points.device.type == 'cpu' else DEVICE_CHUNK
+    rows = max(1, limit // max(1, len(points) * k))
+    parts = zip(query.split(rows, 1), idx.split(rows, 1))
+    return torch.cat([_distances(part, points, found) for part, found in parts], 1), idx
+
+
+def _distances(query: Tensor, points: Tensor, idx: Tensor) -> Tensor:
     difference = gather(points, idx).double() - query.unsqueeze(2).double()  # (B, M, k, 3)
-    return difference.square().sum(-1).to(points.dtype), idx
+    return difference.square().sum(-1).to(points.dtype)
 
 
 def neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
@@ -161,8 +173,9 @@ def neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
 def _neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
     if points.device.type != 'cpu' or _tracing():
         return _by_topk(query, points, k)
-    select = _by_tree if points.shape[1] >= TREE_POINTS else _by_partition
-    return torch.stack([select(q, p, k) for q, p in zip(query, points)]) if len(points) else \
+    if points.shape[1] >= TREE_POINTS and query.shape[1] >= TREE_QUERIES and _tree_class() is not None:
+        return _by_tree(query, points, k)
+    return torch.stack([_by_partition(q, p, k) for q, p in zip(query, points)]) if len(points) else \
         torch.empty(*query.shape[:2], k, dtype=torch.int64)
 
 
@@ -205,23 +218,55 @@ def _by_partition(query: Tensor, points: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, k, dtype=torch.int64)
 
 
+@functools.cache
+def _tree_class():
+    """scipy's k-d tree, or ``None``."""
+    try:
+        from scipy.spatial import cKDTree
+    except ImportError:
+        return None
+    return cKDTree
+
+
 def _by_tree(query: Tensor, points: Tensor, k: int) -> Tensor:
-    """Neighbours in one cloud by a k-d tree. A tree breaks ties as it likes, so its candidates are ranked again, and
-    queries whose last neighbour ties with the next one are compared with every point."""
-    N = len(points)
-    candidates = min(k + 1, N)
-    tree = cKDTree(points.double().numpy(), balanced_tree=False, compact_nodes=False)
-    _, idx = tree.query(query.double().numpy(), k=np.arange(1, candidates + 1), workers=torch.get_num_threads())
-    idx = torch.from_numpy(idx).long()
-    distance = (points[idx].double() - query.double().unsqueeze(1)).square_()
-    distance = distance[..., 0] + distance[..., 1] + distance[..., 2]
-    mask = _index_mask(N)
-    keys = ((distance.view(torch.int64) & ~mask) | idx).sort(-1)[0]
-    if candidates > k:
-        tied = ((keys[:, k - 1] & ~mask) == (keys[:, k] & ~mask)).nonzero().flatten()
-        if len(tied):
-            keys[tied, :k] = _by_partition(query[tied], points, k)
-    return keys[:, :k] & mask
+    """Neighbours in all clouds by k-d trees, on as many threads as torch uses: one cloud each, or, where there is one
+    cloud, some of its queries each."""
+    threads = torch.get_num_threads()
+    found = np.empty((*query.shape[:2], k), np.int64)
+    search = functools.partial(_search_tree, workers=threads if len(points) == 1 else 1)
+    work = query.double().numpy(), points.double().numpy(), found
+    if threads > 1 and len(points) > 1:
+        with ThreadPoolExecutor(min(threads, len(points))) as pool:
+            list(pool.map(search, *work))
+    else:
+        list(map(search, *work))
+    return torch.from_numpy(found)
+
+
+def _search_tree(query: np.ndarray, points: np.ndarray, found: np.ndarray, workers: int) -> None:
+    """Neighbours in one cloud, into ``found`` ``(M, k)``. A tree breaks ties as it likes, so its candidates are ranked
+    again, and queries whose last neighbour ties with the next one are compared with every point.
+
+    All in numpy: torch's own threads would multiply with those of the pool.
+    """
+    k, mask = found.shape[1], _index_mask(len(points))
+    candidates = min(k + 1, len(points))
+    tree = _tree_class()(points, balanced_tree=False, compact_nodes=False)
+    axes = points.T.copy()
+    rows = max(1, CHUNK // candidates)
+    for start in range(0, len(query), rows):
+        part = query[start:start + rows]
+        idx = tree.query(part, k=candidates, workers=workers)[1].reshape(-1, candidates)
+        distance = np.zeros(idx.shape)
+        for axis, coordinate in zip(axes, part.T):
+            distance += np.square(axis[idx] - coordinate[:, None])
+        keys = (distance.view(np.int64) & ~mask) | idx
+        keys.sort(-1)
+        if candidates > k:
+            tied = np.flatnonzero((keys[:, k - 1] | mask) == (keys[:, k] | mask))
+            if len(tied):
+                keys[tied, :k] = _by_partition(torch.from_numpy(part[tied]), torch.from_numpy(points), k).numpy()
+        np.bitwise_and(keys[:, :k], mask, out=found[start:start + rows])
 
 
 def gather(points: Tensor, idx: Tensor) -> Tensor:
