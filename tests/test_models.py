@@ -425,6 +425,18 @@ def test_load_plain_of_another_model_changes_nothing():
         load_plain(model, 'nothing.pth')
 
 
+@pytest.mark.parametrize('strict', [True, False])
+def test_load_plain_of_an_expanded_model_names_the_way_out(strict):
+    expanded = build(expand=[dict(type='EWAFFN', at='backbone.blocks.*.mlp', num_experts=3)])
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r'expanded.*blocks\.0\.mlp\.fc1\.weight is \(3, .*tools/fuse\.py'):
+        load_plain(model, expanded.state_dict(), strict=strict)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    ewa3d.fuse(expanded)
+    load_plain(model, expanded.state_dict())
+
+
 def test_rename_both_ways():
     state = build().state_dict()
     theirs = rename(state, 'point_mae', reverse=True)

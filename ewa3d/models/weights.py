@@ -95,6 +95,7 @@ def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool = Tr
     missing = [key for key in own if key not in state and key not in skipped]
     unexpected = [key for key in state if key not in own]
     report = LoadReport(layout, matched, missing, unexpected, skipped + ignored)
+    _refuse_expanded(state, own, name)
     _check(report, own, strict, name)
     backup = {key: own[key].clone() for key in matched}
     try:
@@ -142,6 +143,16 @@ def _without_head(state: dict, own: dict, skip_head: bool | str, name: str) -> t
         return {key: value for key, value in state.items() if key not in head}, \
             sorted({*head, *(key for key in own if key.startswith('head.'))})
     return state, []
+
+
+def _refuse_expanded(state: dict, own: dict, name: str) -> None:
+    """Stacked experts have the plain names and one leading dimension."""
+    stacked = [key for key, value in state.items() if key in own and value.ndim == own[key].ndim + 1
+               and value.shape[1:] == own[key].shape and value.shape[0] > 1]
+    if stacked:
+        raise ValueError(f'{name} is of an expanded model, and this one is plain: {stacked[0]} is '
+                         f'{tuple(state[stacked[0]].shape)} there and {tuple(own[stacked[0]].shape)} here. '
+                         f'`python tools/fuse.py CHECKPOINT OUT` makes the plain weights of it')
 
 
 def _check(report: LoadReport, own: dict, strict: bool, name: str) -> None:
