@@ -2,6 +2,7 @@
 import copy
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 from engine_toys import on_cpu, same, toy_config  # noqa: F401
 from torch.utils.data import ConcatDataset, Subset
 
+from ewa3d.datasets import SyntheticShapes
 from ewa3d.engine import hooks
 from ewa3d.engine.checkpoint import read_checkpoint
-from ewa3d.engine.hooks import get_rng_state, set_rng_state, walk_datasets
+from ewa3d.engine.hooks import DatasetEpochHook, get_rng_state, set_rng_state, walk_datasets
 from ewa3d.engine.runner import Runner
 from ewa3d.layers.experts import iter_experts
 
@@ -216,3 +218,40 @@ def test_an_old_checkpoint_outlives_a_failed_write(tmp_path, monkeypatch):
         runner.train()
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_1.pth')
     assert read_checkpoint(tmp_path / 'epoch_1.pth')['meta']['epoch'] == 1
+
+
+def test_the_old_best_outlives_a_failed_write(tmp_path, monkeypatch):
+    cfg = toy_config(tmp_path, epochs=1)
+    cfg['default_hooks']['checkpoint'] = dict(type='CheckpointHook', save_best='OA')
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    best, = tmp_path.glob('best_*.pth')
+    hook, = (h for h in runner.hooks if isinstance(h, hooks.CheckpointHook))
+    runner.train_loop._epoch = 2
+
+    def full(*args, **kwargs):
+        raise OSError('disk full')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, 'save_checkpoint', full)
+        with pytest.raises(OSError, match='disk full'):
+            hook._save_best_checkpoint(runner, dict(OA=101.0))
+    assert best.is_file()
+    hook.best_ckpt_path = str(best)
+    hook._save_best_checkpoint(runner, dict(OA=102.0))
+    assert [p.name for p in tmp_path.glob('best_*.pth')] == ['best_OA_epoch_2.pth']
+
+
+def test_the_runs_seed_reaches_the_augmentation_of_the_training_data():
+    """Two seeds see different clouds; a data set with a seed of its own keeps it."""
+    pipeline = [dict(type='RandomJitter'), dict(type='Pack')]
+
+    def first_cloud(run_seed: int, **own):
+        dataset = SyntheticShapes(num_samples=13, num_points=32, pipeline=pipeline, **own)
+        runner = SimpleNamespace(seed=run_seed, epoch=0, train_dataloader=SimpleNamespace(dataset=dataset))
+        DatasetEpochHook().before_train(runner)
+        return dataset[0]['inputs']['points']
+
+    assert torch.equal(first_cloud(0), first_cloud(0))
+    assert not torch.equal(first_cloud(0), first_cloud(1))
+    assert torch.equal(first_cloud(0, seed=5), first_cloud(1, seed=5))

@@ -49,7 +49,7 @@ class PointDataset(Dataset):
         pipeline: transforms, as config dicts or callables ``results -> results``.
         metainfo: replaces entries of ``METAINFO``.
         indices: a subset: a list of indices, or a number of samples spread evenly over the list.
-        seed: of the augmentation.
+        seed: of the augmentation; ``None`` takes the run's seed in training, and 0 outside of a run.
         cache_dir: where data sets that prepare their clouds keep the result; ``None`` keeps it in memory.
         lazy_init: leave the reading of the list to the first use. ``metainfo`` is there in any case.
 
@@ -61,15 +61,15 @@ class PointDataset(Dataset):
     SPLITS: tuple | None = None
 
     def __init__(self, data_root: str | Path | None = None, split: str | None = 'train', pipeline: Iterable = (),
-                 metainfo: dict | None = None, indices: int | Sequence[int] | None = None, seed: int = 0,
+                 metainfo: dict | None = None, indices: int | Sequence[int] | None = None, seed: int | None = None,
                  cache_dir: str | Path | None = 'data/.cache', lazy_init: bool = False):
         if self.SPLITS is not None and split not in self.SPLITS:
             raise ValueError(f'{type(self).__name__} has no split {split!r}; {nearest(split, self.SPLITS)}')
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
             raise ValueError(f'seed must be an integer of at least 0, got {seed!r}')
         self.data_root = None if data_root is None else Path(data_root).expanduser()
         self.split = split
-        self.seed = int(seed)
+        self.seed = None if seed is None else int(seed)
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pipeline = [build_transform(step) for step in pipeline]
         self._indices = indices
@@ -173,7 +173,7 @@ class PointDataset(Dataset):
             raise ValueError(f'{name}: {len(results["parts"])} part labels for {len(points)} points')
         points.flags.writeable = False  # a transform that writes in place would change the data for good
         results.update(points=points, name=name, index=index, up_axis=self._metainfo.get('up_axis'),
-                       normals=normals, rng=np.random.default_rng((self.seed, self.epoch, index)))
+                       normals=normals, rng=np.random.default_rng((self.seed or 0, self.epoch, index)))
         return results
 
     def _located(self, error: Exception, index: int, step: Callable | None = None) -> Exception:

@@ -167,7 +167,13 @@ class RNGStateHook(Hook):
 
 @HOOKS.register_module()
 class DatasetEpochHook(Hook):
-    """Tells the training data the epoch, from which (with seed and index) each sample's augmentation follows."""
+    """Tells the training data the run's seed and the epoch, from which (with the index) each sample's augmentation
+    follows. A data set with a seed of its own keeps it."""
+
+    def before_train(self, runner) -> None:
+        for dataset in walk_datasets(runner.train_dataloader.dataset):
+            if getattr(dataset, 'seed', 0) is None:
+                dataset.seed = runner.seed
 
     def before_train_epoch(self, runner) -> None:
         for dataset in walk_datasets(runner.train_dataloader.dataset):
@@ -305,6 +311,17 @@ def _table(metrics) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
+class _KeepingBackend(LocalBackend):
+    """Notes what is to be removed and leaves it there."""
+
+    def __init__(self):
+        super().__init__()
+        self.outdated: list[str] = []
+
+    def remove(self, filepath) -> None:
+        self.outdated.append(str(filepath))
+
+
 @HOOKS.register_module()
 class CheckpointHook(_CheckpointHook):
     """mmengine's, with three differences: an old checkpoint is removed only after the new one is complete, the pointer
@@ -339,6 +356,18 @@ class CheckpointHook(_CheckpointHook):
         if self.max_keep_ckpts > 0:
             kept = list(runner.message_hub.get_info('keep_ckpt_ids') or [])
             self.keep_ckpt_ids = deque(kept[-self.max_keep_ckpts:], self.max_keep_ckpts)
+
+    def _save_best_checkpoint(self, runner, metrics) -> None:
+        """As mmengine's, but the previous best is removed only once the new one is complete."""
+        backend, self.file_backend = self.file_backend, _KeepingBackend()
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+            outdated = self.file_backend.outdated
+        finally:
+            self.file_backend = backend
+        current = {value for key, value in runner.message_hub.runtime_info.items() if key.startswith('best_ckpt')}
+        for path in set(outdated) - current:  # after a resume, the same epoch may be the best once more
+            Path(path).unlink(missing_ok=True)
 
     def _save_checkpoint_with_step(self, runner, step, meta) -> None:
         name = self.filename_tmpl.format(step)
