@@ -1,6 +1,6 @@
 # Your own clouds: data_root/{train,test}/<class>/*.{npy,npz,txt,xyz,csv,ply,pcd,off,obj,stl,h5}, levels either way round.
 # The number of classes flows to the head. Clouds with fewer points than are asked for repeat some.
-data_root = 'data/my_clouds'
+# Elsewhere: --cfg-options {train,val,test}_dataloader.dataset.data_root=FOLDER
 train_pipeline = [
     dict(type='Normalize'),
     dict(type='Resample', num_points=1024, method='random', pad='repeat'),
@@ -19,12 +19,12 @@ train_dataloader = dict(
     persistent_workers=True,
     drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(type='FolderPointCloud', data_root=data_root, split='train', pipeline=train_pipeline))
+    dataset=dict(type='FolderPointCloud', data_root='data/my_clouds', split='train', pipeline=train_pipeline))
 test_dataloader = dict(
     batch_size=64,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
-    dataset=dict(type='FolderPointCloud', data_root=data_root, split='test', pipeline=test_pipeline))
+    dataset=dict(type='FolderPointCloud', data_root='data/my_clouds', split='test', pipeline=test_pipeline))
 # With a val/ level, give val_dataloader the split 'val': the best epoch is then chosen there.
 val_dataloader = test_dataloader
 val_evaluator = test_evaluator = dict(type='Accuracy')
