@@ -1,4 +1,7 @@
-"""The commands ``train``, ``test`` and ``fuse``. ``tools/*.py`` and the console script ``ewa3d`` call :func:`main`."""
+"""The commands ``train``, ``test``, ``fuse`` and ``quickstart``.
+
+``tools/*.py`` and the console script ``ewa3d`` call :func:`main`.
+"""
 import argparse
 import contextlib
 import json
@@ -15,15 +18,26 @@ USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxErro
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 1 (``fuse`` refuses to write), 2 (bad input), 130 (interrupted)."""
-    args = _parser().parse_args(argv)
+    """Run a command; returns its exit code.
+
+    0: done. 1: ``fuse`` refuses to write. 2: bad input, told in one line. 3: anything else, with its traceback.
+    130: interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ['quickstart']:
+        from ewa3d.quickstart import main as quickstart
+        return quickstart(argv[1:])
     try:
+        args = _parser().parse_args(argv)
         return args.command(args)
     except USER_ERRORS as error:
-        if args.debug:
+        if '--debug' in argv:
             raise
         sys.stderr.write(f'error: {one_line(error)}\n')
         return 2
+    except Exception:
+        traceback.print_exc()
+        return 3
     except KeyboardInterrupt:
         sys.stderr.write('interrupted; train --resume continues from the last checkpoint\n')
         return 130
@@ -38,9 +52,23 @@ def one_line(error: BaseException) -> str:
     return ' '.join(lines)
 
 
+class _Options(DictAction):
+    """mmengine's ``k=v`` options, with errors that name the option."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for text in values:
+            if not text.partition('=')[0] or '=' not in text:
+                raise ValueError(f'{option_string} {text}: key=value was expected')
+            try:
+                self._parse_iterable(text.partition('=')[2])
+            except (AssertionError, ValueError, IndexError):
+                raise ValueError(f'{option_string} {text}: the brackets or quotes of the value do not match') from None
+        super().__call__(parser, namespace, values, option_string)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('ewa3d', description='Train, evaluate and fuse point transformers.')
-    commands = parser.add_subparsers(required=True, metavar='{train,test,fuse}')
+    commands = parser.add_subparsers(required=True, metavar='{train,test,fuse,quickstart}')
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
@@ -48,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument('--work-dir', help='default: work_dirs/<name of the config>')
     running.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none')
     running.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
-    running.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='k=v',
+    running.add_argument('--cfg-options', nargs='+', action=_Options, default={}, metavar='k=v',
                          help='override parts of the config: train_cfg.max_epochs=30')
 
     command = commands.add_parser('train', parents=[running], help='train a model')
@@ -74,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
                                           'by default the config comes from the checkpoint, as data')
     command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default')
     command.set_defaults(command=fuse)
+
+    commands.add_parser('quickstart', help='train plain and with EWA on embedded data, fuse, compare', add_help=False)
     return parser
 
 
@@ -90,6 +120,9 @@ def load_config(path: str, options: dict | None = None) -> Config:
         raise FileNotFoundError(f'config {path} does not exist')
     try:
         cfg = Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'config {path}: one of the files it names in _base_ or reads does not exist: {error}'
+                                ) from None
     except (OSError, ImportError, KeyError):
         raise
     except Exception as error:  # a config is a program: whatever it raises is the user's to see, with its file
@@ -124,8 +157,8 @@ def train(args) -> int:
 
     from ewa3d.engine.runner import Runner
     from ewa3d.engine.validate import check_config, fill_num_classes
+    check_config(cfg)
     if args.print_config:
-        check_config(cfg)
         with contextlib.suppress(FileNotFoundError):  # a config can be read where its data are not
             fill_num_classes(cfg)
         sys.stdout.write(cfg.pretty_text)
@@ -186,7 +219,7 @@ def test(args) -> int:
     from ewa3d.engine.runner import Runner
     from ewa3d.engine.validate import check_config
     from ewa3d.files import atomic_write
-    check_config(cfg)  # all of it, before the parts for training are left out
+    check_config(cfg, training=False)  # all that it has, before the parts for training are left out
     checkpoint = read_checkpoint(args.checkpoint)
     weights, kind = select_weights(checkpoint, args.weights)
     meta = checkpoint.get('meta') or {}
@@ -196,7 +229,6 @@ def test(args) -> int:
     cfg.resume = False
     keep = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if v and v.get('type') == 'LoggerHook'}
     cfg.default_hooks, cfg.custom_hooks = keep, None
-    Runner.log_name, before = 'test.log', Runner.log_name
     try:
         runner = Runner.from_cfg(cfg)
         _check_classes(meta, runner, args.checkpoint)
@@ -211,7 +243,6 @@ def test(args) -> int:
             out = atomic_write(Path(cfg.work_dir) / 'metrics.json', json.dumps(result, indent=2) + '\n')
             sys.stdout.write('  '.join(f'{k} {v:.2f}' for k, v in metrics.items() if 'acc/' not in k) + f'  → {out}\n')
     finally:
-        Runner.log_name = before
         _leave_group()
     return 0
 
@@ -229,10 +260,12 @@ def _check_classes(meta: dict, runner, checkpoint: str) -> None:
 def _describe_data(cfg: Config, dataset) -> dict:
     from ewa3d.engine.validate import dataset_cfgs
     inner = dataset_cfgs(cfg.test_dataloader)[-1]
-    points = dataset[0]['inputs'].get('points')
+    points, samples = dataset[0]['inputs'].get('points'), len(dataset)
     kind = inner.get('type')
-    return dict(dataset=f'{kind}{inner.get("variant", "")}', split=inner.get('split', 'train'),
-                points=None if points is None else int(points.shape[0]), samples=len(dataset))
+    while not hasattr(dataset, 'split') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset  # wrappers: the split is the data set's own
+    return dict(dataset=f'{kind}{inner.get("variant", "")}', split=getattr(dataset, 'split', inner.get('split')),
+                points=None if points is None else int(points.shape[0]), samples=samples)
 
 
 def fuse(args) -> int:

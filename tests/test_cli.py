@@ -169,6 +169,80 @@ def test_mistakes_in_train(trained, tmp_path, capsys):
         cli.main(['train', plain, *work, '--debug', '--cfg-options', 'model.type=X'])
 
 
+@pytest.mark.parametrize(('option', 'expected'), [
+    ('env_cfg.cudnn_benchmrk=True', "env_cfg takes no 'cudnn_benchmrk'; did you mean 'cudnn_benchmark'"),
+    ('env_cfg.mp_cfg.mp_start=fork', "env_cfg.mp_cfg takes no 'mp_start'; did you mean 'mp_start_method'"),
+    ('randomness.sede=4', "randomness takes no 'sede'; did you mean 'seed'"),
+    ('optim_wrapper.clip_grad.max_nrm=1', "optim_wrapper.clip_grad takes no 'max_nrm'; did you mean 'max_norm'"),
+    ('optim_wrapper.paramwise_cfg.bias_lr_mlt=2', "optim_wrapper.paramwise_cfg takes no 'bias_lr_mlt'"),
+    ('model.expand.0.num_expert=4', "model.expand[0] takes no 'num_expert'; did you mean 'num_experts'"),
+    ('model.expand.0.evry=2', "model.expand[0] takes no 'evry'; did you mean 'every'"),
+    ('model.expand.0.num_experts=abc', "model.expand[0].num_experts is 'abc'; an integer was expected"),
+    ('train_cfg.val_interval=0', 'train_cfg.val_interval is 0; a positive integer was expected'),
+    ('train_cfg.max_epochs=0', 'train_cfg.max_epochs is 0; a positive integer was expected'),
+    ('train_cfg.max_epochs=abc', "train_cfg.max_epochs is 'abc'; a positive integer was expected"),
+    ('optim_wrapper.accumulative_counts=0', 'optim_wrapper.accumulative_counts is 0; a positive integer'),
+    ('optim_wrapper.optimizer.lr=abc', "optim_wrapper.optimizer.lr is 'abc'; a number"),
+    ('optim_wrapper.optimizer.lr=-1', 'optim_wrapper.optimizer.lr is -1; a number from 0 on'),
+    ('model.backbone.depth=abc', "model.backbone.depth is 'abc'; an integer was expected"),
+    ('model.backbone.depth=1.5', 'model.backbone.depth is 1.5; an integer was expected'),
+    ('train_dataloader.batch_size=0', 'train_dataloader.batch_size is 0; a positive integer'),
+    ('default_hooks.checkpoint.interval=0', 'default_hooks.checkpoint.interval is 0; a positive integer'),
+    ('model', '--cfg-options model: key=value was expected'),
+    ('a.b=[1,2', '--cfg-options a.b=[1,2: the brackets'),
+])
+def test_wrong_keys_and_values_are_found_before_anything_is_built(trained, capsys, option, expected):
+    assert expected in fails(capsys, 'train', str(trained / 'ewa.py'), '--print-config', '--cfg-options', option)
+
+
+def test_paramwise_keys_of_our_constructor(trained, capsys):
+    error = fails(capsys, 'train', str(trained / 'ewa.py'), '--print-config', '--cfg-options',
+                  'optim_wrapper.constructor=ParamGroups', 'optim_wrapper.paramwise_cfg.expert_lr_mlt=2')
+    assert "optim_wrapper.paramwise_cfg takes no 'expert_lr_mlt'; did you mean 'expert_lr_mult'" in error
+
+
+def test_one_sample_and_batch_norm(trained, tmp_path, capsys):
+    error = fails(capsys, 'train', str(trained / 'plain.py'), '--work-dir', str(tmp_path), '--cfg-options',
+                  'train_dataloader.batch_size=1')
+    assert 'train_dataloader.batch_size is 1' in error and 'at least 2 samples' in error
+
+
+def test_configs_for_one_purpose(trained, tmp_path, capsys):
+    """Testing needs nothing of training; training says what it lacks; a missing base file is named."""
+    cfg = toy_config('x', ewa=True)
+    for key in ('work_dir', 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader',
+                'val_cfg', 'val_evaluator', 'default_hooks'):
+        del cfg[key]
+    config = str(write_config(tmp_path / 'test_only.py', cfg))
+    checkpoint = str(trained / 'run' / 'epoch_1.pth')
+    assert cli.main(['test', config, checkpoint, '--work-dir', str(tmp_path / 'w')]) == 0
+    assert json.loads((tmp_path / 'w' / 'metrics.json').read_text())['split'] == 'test'
+    assert (tmp_path / 'w' / 'test.log').is_file() and not (tmp_path / 'w' / 'train.log').exists()
+    assert "has no 'train_dataloader', which training needs" in fails(capsys, 'train', config)
+    cfg = toy_config('x')
+    del cfg['train_cfg']
+    config = str(write_config(tmp_path / 'no_loop.py', cfg))
+    assert "has no 'train_cfg', which training needs" in fails(capsys, 'train', config)
+    (tmp_path / 'child.py').write_text("_base_ = 'nowhere.py'\n")
+    error = fails(capsys, 'train', str(tmp_path / 'child.py'))
+    assert 'child.py' in error and 'nowhere.py' in error
+
+
+def test_an_unexpected_error_is_not_a_refusal(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError('a bug')
+
+    monkeypatch.setattr(fusing, 'fuse_checkpoint', broken)
+    assert cli.main(['fuse', 'a.pth', 'b.pth']) == 3
+    assert 'Traceback' in capsys.readouterr().err
+
+
+def test_the_quickstart_is_a_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['quickstart', '--help'])
+    assert stop.value.code == 0 and '--threads' in capsys.readouterr().out
+
+
 def test_a_data_worker_error_is_one_line(tmp_path, capsys):
     _, plain = configs(tmp_path, workers=1)
     error = fails(capsys, 'train', plain, '--work-dir', str(tmp_path / 'w'),

@@ -4,17 +4,15 @@ A shared machine drifts: what is timed one minute after the other differs by mor
 So the variants of a :class:`Case` take turns, each round in another order, and a ratio is the median over the rounds
 of (variant / baseline) within one round. Numbers are reported, never judged.
 """
-import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
 
 import torch
+
+from ewa3d.engine.environment import describe_hardware, versions
 
 __all__ = ['Settings', 'Case', 'Row', 'measure', 'table', 'report', 'DTYPES']
 
@@ -107,29 +105,8 @@ def table(rows: Iterable[Row]) -> str:
 def report(rows: Iterable[Row], settings: Settings) -> dict:
     """Everything that a number needs to mean something, JSON-able: hardware, versions, settings, rows with spread."""
     options = {**asdict(settings), 'device': str(settings.device)}
-    return dict(format=1, hardware=hardware(settings.device), versions=versions(), settings=options,
+    return dict(format=1, hardware=describe_hardware(settings.device), versions=versions(), settings=options,
                 rows=[row.summary() for row in rows])
-
-
-def hardware(device: torch.device) -> dict:
-    """The processor, its cores and load, and the GPU when one is used."""
-    found = dict(cpu=_cpu_name(), cores=os.cpu_count(), usable_cores=_usable_cores(),
-                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
-                 load_average=list(os.getloadavg()) if hasattr(os, 'getloadavg') else None, gpu=None)
-    if device.type == 'cuda':
-        found.update(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
-    return found
-
-
-def versions() -> dict:
-    """Versions of Python, the system and the packages that decide about speed."""
-    found = dict(python=platform.python_version(), system=platform.platform(terse=True))
-    for name in ('ewa3d', 'torch', 'numpy', 'scipy', 'numba'):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _seconds(function: Callable, loops: int, device: torch.device) -> float:
@@ -145,17 +122,3 @@ def _seconds(function: Callable, loops: int, device: torch.device) -> float:
 
 def _ms(seconds: float) -> str:
     return f'{seconds * 1e3:.3g}' if seconds < 0.1 else f'{seconds * 1e3:.0f}'
-
-
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
-def _cpu_name() -> str:
-    info = Path('/proc/cpuinfo')
-    if info.exists():
-        names = [line.partition(':')[2].strip() for line in info.read_text(errors='replace').splitlines()
-                 if line.startswith(('model name', 'Model'))]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()

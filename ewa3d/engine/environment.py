@@ -4,12 +4,13 @@ import os
 import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 import ewa3d
 
-__all__ = ['describe_environment', 'init_gloo', 'versions']
+__all__ = ['describe_environment', 'describe_hardware', 'init_gloo', 'versions']
 
 
 def init_gloo(launcher: str) -> None:
@@ -28,8 +29,8 @@ def init_gloo(launcher: str) -> None:
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on; packages are not imported for it."""
-    found = dict(ewa3d=ewa3d.__version__, python=platform.python_version())
-    for name in ('torch', 'numpy', 'mmengine', 'timm', 'torchvision', 'scipy'):
+    found = dict(ewa3d=ewa3d.__version__, python=platform.python_version(), system=platform.platform(terse=True))
+    for name in ('torch', 'numpy', 'mmengine', 'timm', 'torchvision', 'scipy', 'numba'):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -45,3 +46,27 @@ def describe_environment(**more) -> dict:
                 cudnn=torch.backends.cudnn.version() if cuda else None, platform=platform.platform(),
                 cpu_count=os.cpu_count(), threads=torch.get_num_threads(), versions=versions(), command=sys.argv,
                 started=time.strftime('%Y-%m-%dT%H:%M:%S%z'), **more)
+
+
+def describe_hardware(device: torch.device) -> dict:
+    """The processor, its cores and load, and the GPU when one is used."""
+    found = dict(cpu=_cpu_name(), cores=os.cpu_count(), usable_cores=_usable_cores(),
+                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
+                 load_average=list(os.getloadavg()) if hasattr(os, 'getloadavg') else None, gpu=None)
+    if device.type == 'cuda':
+        found.update(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
+    return found
+
+
+def _usable_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def _cpu_name() -> str:
+    info = Path('/proc/cpuinfo')
+    if info.exists():
+        names = [line.partition(':')[2].strip() for line in info.read_text(errors='replace').splitlines()
+                 if line.startswith(('model name', 'Model'))]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()

@@ -15,7 +15,6 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import all_gather_object, is_distributed, is_main_process
 from mmengine.optim import OptimWrapperDict
-from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner import Runner as _Runner
 from mmengine.visualization import Visualizer
 from torch import nn
@@ -25,53 +24,18 @@ import ewa3d
 from ewa3d.engine.checkpoint import find_last_checkpoint, load_any, read_checkpoint, write_checkpoint
 from ewa3d.engine.environment import describe_environment, init_gloo, versions
 from ewa3d.engine.hooks import unwrapped
+from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.plain import to_plain
 from ewa3d.engine.validate import check_config, fill_num_classes, selection
 from ewa3d.files import atomic_write
-from ewa3d.registry import LOOPS, PARAM_SCHEDULERS, RUNNERS
+from ewa3d.registry import PARAM_SCHEDULERS, RUNNERS
 
-__all__ = ['Runner', 'TrainLoop']
+__all__ = ['Runner']
 
 _RUNS = itertools.count()  # two runs of one process must not share a logger or a message hub
 # What a resumed run needs from the message hub.
 _KEPT_INFO = ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt', 'validated_iter')
-
-
-@LOOPS.register_module()
-class TrainLoop(EpochBasedTrainLoop):
-    """mmengine's epoch loop that a stop cannot disturb.
-
-    * A checkpoint from before a validation: that validation is run first.
-    * A checkpoint from inside an epoch: the batches that were trained on are skipped.
-    """
-
-    def run(self) -> nn.Module:
-        self.runner.call_hook('before_train')
-        if self.runner.pending_validation:
-            self.runner.val_loop.run()
-        while self._epoch < self._max_epochs and not self.stop_training:
-            self.run_epoch()
-            self._decide_current_val_interval()
-            if self.validation_due():
-                self.runner.val_loop.run()
-        self.runner.call_hook('after_train')
-        return self.runner.model
-
-    def run_epoch(self) -> None:
-        self.runner.call_hook('before_train_epoch')
-        self.runner.model.train()
-        done = self._iter - self._epoch * len(self.dataloader)
-        for index, batch in enumerate(self.dataloader):
-            if index >= done:
-                self.run_iter(index, batch)
-        self.runner.call_hook('after_train_epoch')
-        self._epoch += 1
-
-    def validation_due(self) -> bool:
-        """Whether this epoch boundary has a validation."""
-        return (self.runner.val_loop is not None and self._epoch >= self.val_begin
-                and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs))
 
 
 @RUNNERS.register_module()
@@ -81,8 +45,6 @@ class Runner(_Runner):
     ``resume=True`` continues from ``work_dir/last_checkpoint`` (or starts afresh where there is none), a path continues
     from that file. ``load_from`` only loads weights.
     """
-    log_name = 'train.log'
-
     @classmethod
     def from_cfg(cls, cfg) -> 'Runner':
         """Check ``cfg``, fill what follows from the data, and build.
@@ -128,7 +90,9 @@ class Runner(_Runner):
         keep_freed_memory()
 
     def build_logger(self, log_level='INFO', log_file=None, **kwargs):
-        return super().build_logger(log_level, log_file or os.path.join(self._work_dir, self.log_name), **kwargs)
+        """``train.log``; evaluating a checkpoint writes ``test.log`` and leaves a training's log alone."""
+        name = 'test.log' if self._train_loop is None else 'train.log'
+        return super().build_logger(log_level, log_file or os.path.join(self._work_dir, name), **kwargs)
 
     def build_visualizer(self, visualizer=None) -> Visualizer:
         """None by default: metrics go to ``metrics.jsonl``; configs may ask for TensorBoard."""

@@ -2,14 +2,21 @@
 
 mmengine finds a misspelt key when it gets there, which may be after the data were loaded, or never.
 """
+import contextlib
 import difflib
 import inspect
+import types
+import typing
 from collections.abc import Mapping
+from typing import Any
 
+from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
+from torch import Tensor, nn
 
 from ewa3d import registry as R
 from ewa3d.registry import check_keywords, nearest
+from ewa3d.reparam import RULE_KEYS
 
 __all__ = ['TOP_LEVEL', 'check_config', 'dataset_cfgs', 'fill_num_classes', 'selection']
 
@@ -22,6 +29,18 @@ TOP_LEVEL = {'model', 'work_dir', 'train_dataloader', 'val_dataloader', 'test_da
 LOADER_KEYS = {'dataset', 'sampler', 'batch_sampler', 'collate_fn', 'worker_init_fn', 'num_batch_per_epoch',
                'disable_subprocess_warning', 'batch_size', 'num_workers', 'pin_memory', 'drop_last', 'timeout',
                'prefetch_factor', 'persistent_workers', 'pin_memory_device', 'in_order', 'multiprocessing_context'}
+# Dictionaries without a type, by dotted path.
+SECTIONS = {'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'),
+            'env_cfg.mp_cfg': ('mp_start_method', 'opencv_num_threads'),
+            'randomness': ('seed', 'diff_rank_seed', 'deterministic'),
+            'auto_scale_lr': ('base_batch_size', 'enable')}
+# mmengine's own constructor reads its `paramwise_cfg` key by key and never says that one is unknown.
+DEFAULT_PARAMWISE = ('custom_keys', 'bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult',
+                     'dwconv_decay_mult', 'dcn_offset_lr_mult', 'bypass_duplicate')
+COUNT, PERIOD = 'a positive integer', 'a positive integer, or -1 for never'
+LOADER_RANGES = dict(batch_size=COUNT)
+LOOP_RANGES = dict(max_epochs=COUNT, max_iters=COUNT, val_interval=COUNT)
+HOOK_RANGES = dict(interval=PERIOD, max_keep_ckpts='a positive integer, or -1 for all')
 EXTRA = {'hook': {'priority'}, 'parameter scheduler': {'convert_to_iter_based'},
          'optim_wrapper': {'constructor', 'paramwise_cfg'}}
 
@@ -35,6 +54,7 @@ def check_config(cfg: Mapping, training: bool = True) -> None:
     Raises:
         KeyError: an unknown type, or a misspelt or missing top-level key.
         TypeError: a keyword that the type does not take, or a value of the wrong kind.
+        ValueError: a number out of its range.
     """
     needed = ['model'] + (['train_dataloader', 'train_cfg', 'optim_wrapper'] if training else ['test_dataloader'])
     for key in cfg:
@@ -51,16 +71,20 @@ def check_config(cfg: Mapping, training: bool = True) -> None:
         _check_loop(cfg.get(f'{split}_cfg'), split)
         if split != 'train':
             _check_evaluator(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
-    if training:
+    if cfg.get('optim_wrapper') is not None:
         _check_optimization(cfg)
-    for name, hook in (cfg.get('default_hooks') or {}).items():
-        _check(hook, R.HOOKS, f'default_hooks.{name}')
-    for i, hook in enumerate(cfg.get('custom_hooks') or []):
-        _check(hook, R.HOOKS, f'custom_hooks[{i}]')
+    hooks = {f'default_hooks.{name}': hook for name, hook in (cfg.get('default_hooks') or {}).items()}
+    hooks |= {f'custom_hooks[{i}]': hook for i, hook in enumerate(cfg.get('custom_hooks') or [])}
+    for where, hook in hooks.items():
+        _check(hook, R.HOOKS, where)
+        if isinstance(hook, Mapping):
+            _check_ranges(hook, where, HOOK_RANGES)
+    for where, keys in SECTIONS.items():
+        _check_section(cfg, where, keys)
 
 
 def _check(cfg, registry, where: str) -> None:
-    """Check one ``dict(type=…)``: its type is registered and takes its keywords."""
+    """Check one ``dict(type=…)``: its type is registered and takes its keywords; numbers are numbers."""
     if not isinstance(cfg, Mapping):
         return  # an object, or None to switch a default off
     if 'type' not in cfg:
@@ -71,6 +95,7 @@ def _check(cfg, registry, where: str) -> None:
         check_keywords(cls, keywords)
     except (KeyError, TypeError) as error:
         raise type(error)(f'{where}: {error.args[0]}') from None
+    check_numbers(cls, keywords, where)
 
 
 def _walk(cfg, registry, where: str) -> None:
@@ -90,20 +115,78 @@ def _walk(cfg, registry, where: str) -> None:
 
 
 def _check_rule(rule, where: str) -> None:
-    if not isinstance(rule, Mapping) or 'type' not in rule:
+    """Check a rule of ``expand``; its keywords go to the classmethod ``expand`` of its type."""
+    if not isinstance(rule, Mapping) or not {'type', 'at'} <= set(rule):
         raise TypeError(f"{where} must be a dict with 'type' and 'at', got {rule!r}")
     try:
-        R.MODELS.get(rule['type']) if isinstance(rule['type'], str) else None
+        cls = R.MODELS.get(rule['type']) if isinstance(rule['type'], str) else rule['type']
     except KeyError as error:
         raise KeyError(f'{where}: {error.args[0]}') from None
+    if not hasattr(cls, 'expand'):
+        raise TypeError(f'{where}: {rule["type"]!r} has no classmethod expand: it is no Reparam')
+    parameters = list(inspect.signature(cls.expand).parameters.values())[1:]  # the first is the plain module
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        _check_names(rule, {*RULE_KEYS, *(p.name for p in parameters)}, where)
+    check_numbers(cls.expand, rule, where)
+
+
+def _check_names(cfg: Mapping, accepted, where: str) -> None:
+    for key in cfg:
+        if key not in accepted:
+            raise TypeError(f'{where} takes no {key!r}; {nearest(key, accepted)}')
+
+
+def _check_section(cfg: Mapping, where: str, keys) -> None:
+    first, *rest = where.split('.')
+    section = cfg.get(first)  # a Config is no Mapping, what is in it is
+    for name in rest:
+        section = section.get(name) if isinstance(section, Mapping) else None
+    if section is not None:
+        if not isinstance(section, Mapping):
+            raise TypeError(f'{where} is {section!r}; a dict was expected')
+        _check_names(section, keys, where)
+
+
+def _check_ranges(cfg: Mapping, where: str, ranges: Mapping[str, str]) -> None:
+    for key, expected in ranges.items():
+        value = cfg.get(key)
+        if value is None:
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole and (value > 0 or (value == -1 and '-1' in expected))):
+            raise ValueError(f'{where}.{key} is {value!r}; {expected} was expected')
+
+
+_NUMBERS = {int: 'an integer', float: 'a number', bool: 'True or False', Tensor: 'a tensor', type(None): 'None'}
+
+
+def check_numbers(function: Any, cfg: Mapping, where: str) -> None:
+    """Raise where a parameter that is annotated as a number gets something else.
+
+    Raises:
+        TypeError: names the path, the value and what was expected.
+    """
+    parameters: dict = {}
+    for owner in reversed(function.__mro__ if inspect.isclass(function) else [function]):
+        with contextlib.suppress(TypeError, ValueError, NameError):  # C code, or annotations that do not resolve
+            target = owner.__dict__.get('__init__', owner) if inspect.isclass(owner) else owner
+            parameters |= inspect.signature(target, eval_str=True).parameters
+    for key, value in cfg.items():
+        hint = parameters[key].annotation if key in parameters else Any
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        if not all(kind in _NUMBERS for kind in kinds) or (value is None and parameters[key].default is None):
+            continue
+        accepted = (*kinds, *((int,) if {float, bool} & set(kinds) else ()))
+        if not isinstance(value, accepted):
+            expected = ' or '.join(_NUMBERS[kind] for kind in kinds)
+            raise TypeError(f'{where}.{key} is {value!r}; {expected} was expected')
 
 
 def _check_loader(cfg, where: str) -> None:
     if not isinstance(cfg, Mapping):
         return
-    for key in cfg:
-        if key not in LOADER_KEYS:
-            raise TypeError(f'{where} takes no {key!r}; {nearest(key, LOADER_KEYS)}')
+    _check_names(cfg, LOADER_KEYS, where)
+    _check_ranges(cfg, where, LOADER_RANGES)
     if 'dataset' not in cfg:
         raise KeyError(f"{where} has no 'dataset'")
     _check_dataset(cfg['dataset'], f'{where}.dataset')
@@ -128,6 +211,7 @@ def _check_loop(cfg, split: str) -> None:
     if not isinstance(cfg, Mapping):
         return
     where = f'{split}_cfg'
+    _check_ranges(cfg, where, LOOP_RANGES)
     if 'type' in cfg:
         return _check(cfg, R.LOOPS, where)
     if split == 'train':
@@ -136,9 +220,7 @@ def _check_loop(cfg, split: str) -> None:
         loop = ValLoop if split == 'val' else TestLoop
     accepted = set(inspect.signature(loop.__init__).parameters) - {'self', 'runner', 'dataloader', 'evaluator'}
     accepted |= {'by_epoch'} if split == 'train' else set()
-    for key in cfg:
-        if key not in accepted:
-            raise TypeError(f'{where} takes no {key!r}; {nearest(key, accepted)}')
+    _check_names(cfg, accepted, where)
 
 
 def _check_evaluator(cfg, where: str) -> None:
@@ -152,9 +234,10 @@ def _check_optimization(cfg: Mapping) -> None:
     wrapper = cfg['optim_wrapper']
     if isinstance(wrapper, Mapping) and 'optimizer' in wrapper:
         _check({'type': 'OptimWrapper', **wrapper}, R.OPTIM_WRAPPERS, 'optim_wrapper')
-        _check(wrapper['optimizer'], R.OPTIMIZERS, 'optim_wrapper.optimizer')
-        if 'constructor' in wrapper:
-            _check(dict(type=wrapper['constructor']), R.OPTIM_WRAPPER_CONSTRUCTORS, 'optim_wrapper.constructor')
+        _check_ranges(wrapper, 'optim_wrapper', dict(accumulative_counts=COUNT))
+        _check_optimizer(wrapper['optimizer'], 'optim_wrapper.optimizer')
+        _check_clipping(wrapper.get('clip_grad'), 'optim_wrapper.clip_grad')
+        _check_constructor(wrapper)
     elif isinstance(wrapper, Mapping) and 'constructor' not in wrapper:
         raise KeyError(f"optim_wrapper has no 'optimizer'; {nearest('optimizer', wrapper)}")
     schedulers = cfg.get('param_scheduler')
@@ -162,6 +245,30 @@ def _check_optimization(cfg: Mapping) -> None:
         where = f'param_scheduler[{i}]' if isinstance(schedulers, (list, tuple)) else 'param_scheduler'
         if isinstance(scheduler, Mapping) and 'type' in scheduler:
             _check(scheduler, R.PARAM_SCHEDULERS, where)
+
+
+def _check_optimizer(cfg, where: str) -> None:
+    _check(cfg, R.OPTIMIZERS, where)
+    for key in ('lr', 'weight_decay') if isinstance(cfg, Mapping) else ():
+        value = cfg.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)) or not value >= 0:
+            raise ValueError(f'{where}.{key} is {value!r}; a number from 0 on was expected')
+
+
+def _check_clipping(cfg, where: str) -> None:
+    if isinstance(cfg, Mapping) and cfg.get('type', 'norm') in ('norm', 'value'):
+        function = getattr(nn.utils, f'clip_grad_{cfg.get("type", "norm")}_')
+        _check_names(cfg, {'type', *list(inspect.signature(function).parameters)[1:]}, where)
+        check_numbers(function, cfg, where)
+
+
+def _check_constructor(wrapper: Mapping) -> None:
+    name = wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
+    _check(dict(type=name), R.OPTIM_WRAPPER_CONSTRUCTORS, 'optim_wrapper.constructor')
+    cls = R.OPTIM_WRAPPER_CONSTRUCTORS.get(name) if isinstance(name, str) else name
+    keys = getattr(cls, 'KEYS', DEFAULT_PARAMWISE if cls is DefaultOptimWrapperConstructor else None)
+    if keys is not None and wrapper.get('paramwise_cfg'):
+        _check_names(wrapper['paramwise_cfg'], keys, 'optim_wrapper.paramwise_cfg')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
