@@ -45,7 +45,7 @@ class TrainLoop(EpochBasedTrainLoop):
                 raise
             raise ValueError(
                 f'train_dataloader.batch_size is {self.dataloader.batch_size} and this batch leaves a BatchNorm with '
-                'one value per channel; at least 2 samples a batch were expected, in the last one too (drop_last=True), '
+                'one value per channel; at least 2 samples in every batch were expected (drop_last=True), '
                 'or a head without BatchNorm') from error
 
     def validation_due(self) -> bool:
