@@ -12,11 +12,12 @@ from ewa3d.datasets.cache import Clouds, cached_clouds, fps_order
 def source(tmp_path):
     """A folder of three clouds behind ``cached_clouds``; ``source.reads`` counts how often it was read."""
     class Source:
+        order = 1
         root, cache = tmp_path / 'source', tmp_path / 'cache'
         reads = 0
 
         def open(self, settings=(), max_points=10, fps_ordered=False, cache='cache'):
-            files = sorted(self.root.glob('*.npy'))
+            files = sorted(self.root.glob('*.npy'))[::self.order]
 
             def read():
                 self.reads += 1
@@ -69,6 +70,25 @@ def test_changed_settings_get_one_of_their_own(source):
         source.open(**kwargs)
     source.open()
     assert source.reads == 4 and len(folders(source)) == 4
+
+
+def test_the_order_of_the_sources_counts(source):
+    forward = [cloud.copy() for cloud in source.open()]
+    source.order = -1
+    backward = source.open()
+    assert source.reads == 2 and all(np.array_equal(a, b) for a, b in zip(forward, reversed(list(backward))))
+
+
+def test_what_killed_writers_left_is_removed_and_others_are_not(source):
+    source.open()
+    name, = folders(source)
+    stem = name.rpartition('-')[0]
+    for left in (f'.writing-{stem}-0-1', '.writing-other-0-1', f'{stem[:-1]}x-0'):
+        (source.cache / left).mkdir()
+    (source.root / '1.npy').unlink()
+    source.open()
+    now = folders(source)
+    assert len(now) == 3 and name not in now and f'.writing-{stem}-0-1' not in now
 
 
 @pytest.mark.parametrize('damage', [

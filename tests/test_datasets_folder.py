@@ -1,4 +1,6 @@
 """FolderPointCloud: trees of any shape, every format, and folders that are wrong."""
+import pickle
+
 import h5py
 import numpy as np
 import pytest
@@ -201,3 +203,28 @@ def test_real_pcd_samples(dataset_dir, tmp_path):
         pytest.skip(str(error))
     assert [len(d) for d in datasets] == [10, 10, 20] and len(datasets[0].metainfo['classes']) == 10
     assert datasets[0][0]['points'].shape == (1024, 3)
+
+
+def test_classes_in_another_order_have_caches_of_their_own(make):
+    files = [f'{name}/{i}.npy' for name in 'abc' for i in range(2)]
+    for classes in (['a', 'b'], ['b', 'a'], ['c', 'a'], None):
+        dataset = make(*files, classes=classes)
+        expected = dict(zip(files, range(6)))  # tree() seeds a cloud by its position
+        for i in range(len(dataset)):
+            sample = dataset[i]
+            assert dataset.metainfo['classes'][sample['label']] == sample['name'][0]
+            cloud = points(expected[sample['name']])
+            assert np.allclose(sorted(sample['points'].tolist()), sorted(cloud.tolist()))
+
+
+def test_a_cache_in_use_survives_data_sets_of_other_settings(make):
+    files = ['a/1.npy', 'a/1.txt', 'b/1.npy', 'b/2.npy', 'c/3.npy']
+    options = ({}, dict(classes=['a', 'c']), dict(extensions=['.npy']), dict(extensions=['npy'], classes=['b', 'c']))
+    make(*files)
+    datasets = [make(**o) for o in options]
+    sent = [pickle.dumps(dataset) for dataset in datasets]
+    assert [len(pickle.loads(s)[0]['points']) for s in sent] == [30] * 4
+    put(make.root / 'a/9.npy')  # the sources change: each data set replaces its own cache
+    for o in options:
+        make(**o)
+    assert len([f for f in (make.root.parent / 'cache').iterdir() if f.is_dir()]) == 4

@@ -2,8 +2,8 @@
 
 A cache is a folder ``<name>-<settings>-<sources>`` with ``points.f32`` (rows of float32), ``offsets.npy`` (where each
 cloud begins) and ``meta.json``. The two parts of its name are hashes of the settings and of the sources' names, sizes
-and modification times: where one of them changes, another cache is written. It is written under a temporary name and
-renamed, so that a cache that exists is whole.
+and modification times, in their order: where one of them changes, another cache is written. It is written under a
+temporary name and renamed, so that a cache that exists is whole.
 """
 import hashlib
 import json
@@ -23,11 +23,12 @@ from ewa3d.ops import fps
 
 __all__ = ['Clouds', 'cached_clouds', 'fps_order']
 
-VERSION = 1
+VERSION = 2
 BATCH = 32  # clouds that are read before they are ordered
 FPS_POINTS = 40_960  # points that are ordered together: what stays in the processor's cache, measured
 THIN = 65_536  # a larger cloud is thinned to so many points at random before it is ordered
 REPORT_SECONDS = 5.0
+WRITING = '.writing-'
 
 
 class Clouds:
@@ -71,8 +72,9 @@ def cached_clouds(cache_dir: Path | None, name: str, settings: dict, files: Iter
 
     Args:
         name: what the folder is called in front of the hashes.
-        settings: everything else that the clouds depend on.
-        files: the sources, below ``root``.
+        settings: everything else that the clouds, or the choice of the files, depend on: a cache of the same name and
+            settings on other sources counts as outdated and is deleted.
+        files: the sources, below ``root``, in the order of the clouds.
         fps_ordered: the clouds come in FPS order.
     """
     prepared = prepare(read, total, max_points, fps_ordered, name)
@@ -86,14 +88,21 @@ def cached_clouds(cache_dir: Path | None, name: str, settings: dict, files: Iter
     if found is not None:
         return found
     make_writable(cache_dir)
-    with lock(cache_dir / f'{stem}.lock'):
+    with lock(cache_dir / f'{stem}.lock') as alone:
         found = load_if_whole(folder)  # somebody else may have written it meanwhile
         if found is None:
+            if alone:
+                remove(cache_dir, f'{WRITING}{stem}-')  # of processes that were killed
             write(prepared, folder, settings)
-            for old in cache_dir.glob(f'{stem}-*'):  # the same settings on sources that are no more
-                if old != folder:
-                    shutil.rmtree(old, ignore_errors=True)
+            remove(cache_dir, f'{stem}-', keep=folder)  # the same settings on sources that are no more
     return found or Clouds.load(folder)
+
+
+def remove(cache_dir: Path, prefix: str, keep: Path | None = None) -> None:
+    """Delete the folders whose names begin so."""
+    for folder in cache_dir.iterdir():
+        if folder.name.startswith(prefix) and folder != keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_writable(cache_dir: Path) -> None:
@@ -119,7 +128,7 @@ def load_if_whole(folder: Path) -> Clouds | None:
 def write(clouds: Iterator[np.ndarray], folder: Path, settings: dict) -> None:
     """Write a cache under a temporary name, then rename it."""
     start = time.perf_counter()
-    temporary = Path(tempfile.mkdtemp(prefix='.writing-', dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f'{WRITING}{folder.name}-', dir=folder.parent))
     try:
         offsets, columns = [0], 3
         with (temporary / 'points.f32').open('wb') as file:
@@ -143,17 +152,20 @@ def write(clouds: Iterator[np.ndarray], folder: Path, settings: dict) -> None:
 
 
 @contextmanager
-def lock(path: Path):
-    """Let one process at a time in, where the system has file locks; elsewhere two may do the same work, safely."""
+def lock(path: Path) -> Iterator[bool]:
+    """Let one process at a time in, where the system has file locks; elsewhere two may do the same work, safely. Gives
+    whether there was a lock to be had."""
     try:
         import fcntl
     except ImportError:
-        yield
+        yield False
         return
     with path.open('w') as file:
+        alone = False
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            alone = True
+        yield alone
 
 
 def digest(value) -> str:
@@ -161,12 +173,12 @@ def digest(value) -> str:
 
 
 def fingerprint(files: Iterable[Path], root: Path) -> list:
-    """Name, size and modification time of every source."""
+    """Name, size and modification time of every source, in their order: row i of a cache is the i-th cloud."""
     found = []
     for file in files:
         stat = file.stat()
         found.append((os.path.relpath(file, root), stat.st_size, stat.st_mtime_ns))
-    return sorted(found)
+    return found
 
 
 def prepare(read: Callable[[], Iterable[np.ndarray]], total: int, max_points: int, fps_ordered: bool,

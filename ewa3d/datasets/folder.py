@@ -81,7 +81,8 @@ class FolderPointCloud(PointDataset):
         if not items:
             raise ValueError(f'{self._what} has no samples')
         settings = dict(features=self.num_features, normals=self.normals, mesh_points=self.mesh_points,
-                        mesh_seed=self.mesh_seed)
+                        mesh_seed=self.mesh_seed, classes=self._wanted_classes,
+                        extensions=self.extensions and sorted(self.extensions))
         files = [file for file, _ in items]
         name = f'{self.data_root.resolve().name}_{self.split or "all"}'
         self._clouds = cached_clouds(self.cache_dir, name, settings, files, self.data_root, lambda: self._read(files),
