@@ -200,3 +200,43 @@ def test_an_unknown_keyword_or_name_suggests_the_right_one():
         TRANSFORMS.build(dict(type='Resample', npoints=5))
     with pytest.raises(KeyError, match='RandomShift'):
         TRANSFORMS.build(dict(type='RandomShft'))
+
+
+@pytest.mark.parametrize('method, num, pool', [('fps', 20, None), ('fps', 100, None), ('random', 20, 30),
+                                               ('random', 100, 100)])
+def test_a_random_start_is_fps_of_all_points_from_there(method, num, pool):
+    step = T.Resample(num, method, pool=pool, random_start=True)
+    starts = set()
+    for seed in range(8):
+        source = cloud(parts=np.arange(100), fps_ordered=True)
+        rows = step({**source, 'rng': np.random.default_rng(seed)})['parts']
+        rng = np.random.default_rng(seed)
+        if method == 'random' and pool == 100:  # all of it: a shuffle
+            assert np.array_equal(rows, rng.permutation(100))
+            continue
+        xyz, picked = source['points'].astype(np.float64), [int(rng.integers(100))]
+        while len(picked) < (pool or num):
+            nearest = np.square(xyz[:, None] - xyz[None, picked]).sum(-1).min(1)
+            picked.append(int(nearest.argmax()))
+        starts.add(picked[0])
+        expected = picked if method == 'fps' else np.array(picked)[rng.permutation(pool)[:num]]
+        assert np.array_equal(rows, expected)
+    assert pool == 100 or len(starts) > 4
+    with pytest.raises(ValueError, match='random_start'):
+        T.Resample(20, 'random', random_start=True)
+
+
+@pytest.mark.parametrize('factor', [1e-37, 1e-25, 1e-12, 1e12, 1e25, 3e37])
+def test_normalize_at_the_ends_of_the_range(factor):
+    points = cloud()['points']
+    scaled = (points * np.float32(factor)).astype(np.float32)
+    expected = T.Normalize()(dict(points=points))['points']
+    found = T.Normalize()(dict(points=scaled))['points']
+    assert np.allclose(found, expected, atol=1e-5) and np.isclose(np.linalg.norm(found, axis=1).max(), 1)
+
+
+def test_too_few_points_name_what_cut_them():
+    with pytest.raises(ValueError, match=r'num_points=200.*max_points=100'):
+        T.Resample(200)(cloud(max_points=100))
+    with pytest.raises(ValueError, match=r'num_points=200.*the cloud has 100; pad'):
+        T.Resample(200)(cloud(max_points=8192))

@@ -214,9 +214,9 @@ def ordered(clouds: list[np.ndarray], max_points: int, first: int) -> Iterator[n
         yield cloud[order]
 
 
-def fps_order(clouds: list[np.ndarray], num: int) -> list[np.ndarray]:
+def fps_order(clouds: list[np.ndarray], num: int, start: int = 0) -> list[np.ndarray]:
     """Row indices of each cloud's first ``num`` points (all where there are fewer) by farthest point sampling from
-    point 0. Points that coincide come last, in their own order; none is repeated."""
+    point ``start``. Points that coincide come last, in their own order; none is repeated."""
     by_size: dict[int, list[int]] = {}
     for i, cloud in enumerate(clouds):
         by_size.setdefault(len(cloud), []).append(i)
@@ -225,7 +225,7 @@ def fps_order(clouds: list[np.ndarray], num: int) -> list[np.ndarray]:
         step = max(1, FPS_POINTS // size)
         for group in (members[i:i + step] for i in range(0, len(members), step)):
             xyz = torch.from_numpy(np.stack([np.array(clouds[i][:, :3], dtype=np.float32) for i in group]))
-            for i, order in zip(group, fps(xyz, min(num, size)).numpy()):
+            for i, order in zip(group, fps(xyz, min(num, size), start=start).numpy()):
                 orders[i] = without_repeats(order, size)
     return orders
 

@@ -91,7 +91,7 @@ class FolderPointCloud(PointDataset):
                 for row, (file, label) in enumerate(items)]
 
     def load_cloud(self, entry: dict) -> dict:
-        return dict(points=self._clouds[entry['row']])
+        return dict(points=self._clouds[entry['row']], max_points=self.max_points)
 
     def _files(self, folder: Path) -> list[Path]:
         """The clouds in a class folder, sorted."""

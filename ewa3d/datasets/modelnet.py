@@ -86,7 +86,7 @@ class ModelNet(PointDataset):
         return [dict(name=name, label=label, row=row, fps_ordered=True) for row, (name, label) in enumerate(items)]
 
     def load_cloud(self, entry: dict) -> dict:
-        return dict(points=self._clouds[entry['row']])
+        return dict(points=self._clouds[entry['row']], max_points=self.max_points)
 
     # ---- the layouts: the items (name, label), the files they come from, a function that yields their clouds --------
     def _list_txt(self):

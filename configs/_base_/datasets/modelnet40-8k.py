@@ -1,8 +1,9 @@
-# ModelNet40, modelnet40_normal_resampled, the official Point-MAE protocol at 8,192 points: farthest point sampling to
-# 8,192 for training and test alike.
+# ModelNet40, modelnet40_normal_resampled, after the Point-MAE protocol at 8,192 points: farthest point sampling to
+# 8,192 for training and test alike. In training they are shuffled, so that the model's centres, which are sampled from
+# the first point on, differ each time.
 train_pipeline = [
     dict(type='Normalize'),
-    dict(type='Resample', num_points=8192, method='fps'),
+    dict(type='Resample', num_points=8192, pool=8192, method='random'),
     dict(type='RandomScale', scale=(2 / 3, 3 / 2)),
     dict(type='RandomShift', shift=0.2),
     dict(type='Pack'),
