@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ewa3d.datasets.announced import check_announced
+
 __all__ = ['Cloud', 'Mesh', 'EXTENSIONS', 'read_cloud', 'read_off', 'sample_mesh', 'as_cloud', 'read_h5',
            'import_open3d']
 
@@ -246,6 +248,7 @@ def off_faces(lines: list[str]) -> np.ndarray:
 
 def read_mesh_open3d(path: Path) -> Mesh:
     o3d = import_open3d(path)
+    check_announced(path)
     with o3d.utility.VerbosityContextManager(o3d.utility.VerbosityLevel.Error):
         mesh = o3d.io.read_triangle_mesh(str(path))
     if not len(mesh.vertices):
@@ -255,6 +258,7 @@ def read_mesh_open3d(path: Path) -> Mesh:
 
 def read_points_open3d(path: Path) -> Cloud:
     o3d = import_open3d(path)
+    check_announced(path)
     with o3d.utility.VerbosityContextManager(o3d.utility.VerbosityLevel.Error):
         cloud = o3d.io.read_point_cloud(str(path))
     if not cloud.has_points():

@@ -1,0 +1,129 @@
+"""What PLY and PCD headers announce, against what follows them.
+
+open3d returns arrays of the announced size even where the file ends early, so that is found out before it reads.
+"""
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ['check_announced']
+
+# Codes of ``struct`` for the types of PLY properties, under both of their names.
+PLY_TYPES = {'char': 'b', 'uchar': 'B', 'short': 'h', 'ushort': 'H', 'int': 'i', 'uint': 'I', 'float': 'f',
+             'double': 'd', 'int8': 'b', 'uint8': 'B', 'int16': 'h', 'uint16': 'H', 'int32': 'i', 'uint32': 'I',
+             'float32': 'f', 'float64': 'd'}
+
+
+def check_announced(path: Path) -> None:
+    """Raise where a PLY or PCD file holds less than its header announces; nothing for other formats.
+
+    Raises:
+        ValueError: naming the file, what was announced and what was found.
+    """
+    check = {'.ply': check_ply, '.pcd': check_pcd}.get(path.suffix.lower())
+    if check is not None:
+        check(path, path.read_bytes())
+
+
+def cut_off(path: Path, announced: int, what: str, found: int) -> ValueError:
+    return ValueError(f'{path}: {announced} {what} announced, {found} found: the file is cut off')
+
+
+# ---- PLY ----------------------------------------------------------------------------------------------------------
+def check_ply(path: Path, raw: bytes) -> None:
+    match = re.match(rb'ply\s.*?end_header[ \t]*(\r\n|\n|\r|$)', raw, re.DOTALL)
+    if match is None:
+        raise ValueError(f'{path}: a PLY file begins with "ply" and a header up to "end_header"')
+    layout, elements = ply_header(path, match[0].decode('latin-1'))
+    body = raw[match.end():]
+    words = body.split() if layout == 'ascii' else None
+    order = '>' if layout == 'binary_big_endian' else '<'
+    at = 0
+    for name, count, properties in elements:
+        what = 'vertices' if name == 'vertex' else f'{name}s'
+        if words is not None:
+            sizes, total, length = [1] * len(properties), len(words), lambda code, at: int(words[at])
+        else:
+            sizes = [struct.calcsize(order + item) for _, item in properties]
+            total, length = len(body), lambda code, at: struct.unpack_from(order + code, body, at)[0]
+        if not any(lists for lists, _ in properties):
+            row = sum(sizes)
+            if at + count * row > total:
+                raise cut_off(path, count, what, (total - at) // row)
+            at += count * row
+            continue
+        for i in range(count):
+            at = after_lists(at, total, properties, sizes, order if words is None else '', length)
+            if at is None:
+                raise cut_off(path, count, what, i)
+
+
+def ply_header(path: Path, header: str) -> tuple[str, list[tuple[str, int, list]]]:
+    """The format, and name, count and properties ``(code of a list's length or None, code)`` of each element."""
+    layout, elements = '', []
+    for line in header.splitlines():
+        match line.split():
+            case ['format', layout, *_]:
+                pass
+            case ['element', name, count] if count.isdecimal():
+                elements.append((name, int(count), []))
+            case ['property', 'list', length, item, _] if elements and {length, item} <= PLY_TYPES.keys():
+                elements[-1][2].append((PLY_TYPES[length], PLY_TYPES[item]))
+            case ['property', item, _] if elements and item in PLY_TYPES:
+                elements[-1][2].append((None, PLY_TYPES[item]))
+            case ['element' | 'property', *_]:
+                raise ValueError(f'{path}: the PLY header has the line {line!r}, which is none of "element <name> '
+                                 f'<count>", "property <type> <name>", "property list <type> <type> <name>"')
+    if layout not in ('ascii', 'binary_little_endian', 'binary_big_endian'):
+        raise ValueError(f'{path}: the PLY format is ascii, binary_little_endian or binary_big_endian, got {layout!r}')
+    return layout, elements
+
+
+def after_lists(at: int, total: int, properties: list, sizes: list[int], order: str, length: Callable) -> int | None:
+    """Where an item that holds lists ends; ``None`` where the file ends before it."""
+    for (lists, _), size in zip(properties, sizes):
+        if lists is not None:
+            head = struct.calcsize(order + lists) if order else 1
+            if at + head > total:
+                return None
+            entries = length(lists, at)
+            if entries < 0:
+                raise ValueError(f'a list of {entries} entries')
+            size = head + entries * size
+        at += size
+    return at if at <= total else None
+
+
+# ---- PCD ----------------------------------------------------------------------------------------------------------
+def check_pcd(path: Path, raw: bytes) -> None:
+    match = re.search(rb'^DATA[ \t]+(\w+)[ \t]*\r?(\n|$)', raw, re.MULTILINE)
+    if match is None:
+        raise ValueError(f'{path}: a PCD file has a header that ends with DATA ascii, binary or binary_compressed')
+    layout, body = match[1].decode('latin-1').lower(), raw[match.end():]
+    header = {words[0]: words[1:] for line in raw[:match.start()].decode('latin-1').splitlines()
+              if (words := line.split())}
+    try:
+        sizes = [int(word) for word in header['SIZE']]
+        counts = [int(word) for word in header.get('COUNT', ['1'] * len(sizes))]
+        announced = int(header['POINTS'][0]) if 'POINTS' in header else int(header['WIDTH'][0]) * int(
+            header['HEIGHT'][0])
+        row = sum(size * count for size, count in zip(sizes, counts, strict=True))
+    except (KeyError, IndexError, ValueError):
+        raise ValueError(f'{path}: the PCD header should name FIELDS, SIZE, TYPE, COUNT, WIDTH, HEIGHT and POINTS, '
+                         f'got {dict(header)}'[:400]) from None
+    if layout == 'ascii':
+        rows = [line.split() for line in body.splitlines() if line.strip()]
+        found = sum(len(words) >= sum(counts) for words in rows[:announced])
+    elif layout == 'binary':
+        found = len(body) // max(row, 1)
+    elif layout == 'binary_compressed':
+        packed, unpacked = struct.unpack_from('<II', body) if len(body) >= 8 else (1, 0)
+        if len(body) < 8 + packed:
+            raise ValueError(f'{path}: {announced} points in {packed} compressed bytes announced, '
+                             f'{max(len(body) - 8, 0)} bytes found: the file is cut off')
+        found = unpacked // max(row, 1)
+    else:
+        raise ValueError(f'{path}: PCD data is ascii, binary or binary_compressed, got {layout!r}')
+    if found < announced:
+        raise cut_off(path, announced, 'points', found)
