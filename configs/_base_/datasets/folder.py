@@ -1,4 +1,4 @@
-# Your own clouds: data_root/{train,test}/<class>/*.{npy,npz,txt,xyz,csv,ply,pcd,off,obj,stl,h5}, levels either way round.
+# Your own clouds: data_root/{train,test}/<class>/*, or <class>/{train,test}/*; formats: see FolderPointCloud.
 # The number of classes flows to the head. Clouds with fewer points than are asked for repeat some.
 # Elsewhere: --cfg-options {train,val,test}_dataloader.dataset.data_root=FOLDER
 train_pipeline = [

@@ -1,3 +1,3 @@
-# Overlay: an exponential moving average of the parameters. BatchNorm statistics are those of the current model: averaged
-# over hundreds of steps, the statistics of early training linger, and where a variance is small they are far too large.
+# Overlay: an exponential moving average of the parameters. BatchNorm statistics are the current ones: averaged over
+# hundreds of steps, those of early training linger, and where a variance is small they are far too large.
 ema_hook = dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.002)
