@@ -228,3 +228,16 @@ def test_a_cache_in_use_survives_data_sets_of_other_settings(make):
     for o in options:
         make(**o)
     assert len([f for f in (make.root.parent / 'cache').iterdir() if f.is_dir()]) == 4
+
+
+def test_nothing_in_a_class_folder_is_skipped(make):
+    make('a/1.npy', 'b/1.npy')
+    link = make.root / 'a/2.npy'
+    link.symlink_to(make.root / 'nowhere.npy')
+    with pytest.raises(ValueError, match=r'2\.npy: a link to nothing'):
+        make()
+    link.unlink()
+    with pytest.raises(ValueError, match='more: a folder inside a class'):
+        make('a/more/3.npy')
+    with pytest.raises(ValueError, match='needs data_root'):
+        FolderPointCloud(None)

@@ -49,6 +49,8 @@ class FolderPointCloud(PointDataset):
                  extensions: Sequence[str] | None = None, normals: bool = False, num_features: int | None = None,
                  up_axis: str = 'z', max_points: int = 8192, mesh_points: int = MESH_POINTS, mesh_seed: int = 0,
                  **kwargs):
+        if data_root is None:
+            raise ValueError('FolderPointCloud needs data_root: the folder with the classes')
         root = require_folder(data_root, 'FolderPointCloud')
         self.normals = bool(normals)
         self.num_features = (3 if normals else 0) if num_features is None else num_features
@@ -95,7 +97,11 @@ class FolderPointCloud(PointDataset):
 
     def _files(self, folder: Path) -> list[Path]:
         """The clouds in a class folder, sorted."""
-        present = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith('.'))
+        present = sorted(f for f in folder.iterdir() if not f.name.startswith('.'))
+        for f in present:
+            if not f.is_file():
+                raise ValueError(f'{f}: {"a folder inside a class" if f.is_dir() else "a link to nothing"}, files were '
+                                 f'expected')
         known = self.extensions or EXTENSIONS
         files = [f for f in present if f.suffix.lower() in known]
         unknown = [f for f in present if f.suffix.lower() not in (EXTENSIONS | COMPANIONS)]

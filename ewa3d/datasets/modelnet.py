@@ -44,6 +44,7 @@ class ModelNet(PointDataset):
         split: ``'train'`` or ``'test'``; ModelNet has no validation split.
         layout: one of the above; ``'auto'`` takes the first whose files are there, in the order dat, txt, h5, off.
         normals: keep normals as columns 3 to 5; a layout without them is an error.
+        metainfo: ``dict(up_axis='y')`` for files that are turned another way than their layout usually is.
         max_points: how many points of a cloud are kept at most.
         mesh_points, mesh_seed: how the points of a mesh are drawn.
     """
@@ -53,11 +54,11 @@ class ModelNet(PointDataset):
     def __init__(self, data_root: str | Path | None = None, variant: int = 40, split: str = 'train',
                  layout: str = 'auto', normals: bool = False, max_points: int = 8192, mesh_points: int = MESH_POINTS,
                  mesh_seed: int = 0, **kwargs):
-        if variant not in CLASSES:
+        if not isinstance(variant, int) or variant not in CLASSES:
             raise ValueError(f'ModelNet: variant must be 10 or 40, got {variant!r}')
         if layout not in ('auto', *LAYOUTS):
             raise ValueError(f'ModelNet: there is no layout {layout!r}; {nearest(layout, ("auto", *LAYOUTS))}')
-        if split not in self.SPLITS:
+        if split not in self.SPLITS:  # before the layout is looked for by it
             raise ValueError(f"ModelNet has the splits 'train' and 'test', got {split!r}")
         if max_points < 1 or mesh_points < 1:
             raise ValueError(f'ModelNet: max_points={max_points} and mesh_points={mesh_points} must be at least 1')
