@@ -45,6 +45,32 @@ def test_text(tmp_path, text):
     assert np.array_equal(read_cloud(path).points, [[0, 1, 2], [3, 4, 5]])
 
 
+@pytest.mark.parametrize('text', [
+    ',x,y,z\n7,0,1,2\n8,3,4,5', 'id,X,Y,Z\n7,0,1,2\n8,3,4,5', '"id";"z";"x";"y"\n7;2;0;1\n8;5;3;4',
+    '//Z X Y\n2 0 1\n5 3 4',
+    'Unnamed: 0,a,b,c\n7,0,1,2\n8,3,4,5', '"0","1","2"\n"3","4","5"', '0,1,2,\n3,4,5,', '0,0;1,0;2,0\n3,0;4;5',
+    'index x y z\n7 0 1 2\n8 3 4 5', '# any three words\n0 1 2\n3 4 5', '2\nx y z\n0 1 2\n3 4 5'])
+def test_text_headers_name_the_columns_and_marks_are_told_apart(tmp_path, text):
+    assert np.array_equal(read_cloud(write(tmp_path / 'a.csv', text)).points, [[0, 1, 2], [3, 4, 5]])
+
+
+def test_text_headers_tell_where_normals_are(tmp_path):
+    cloud = read_cloud(write(tmp_path / 'a.csv', 'label,nx,ny,nz,x,y,z\n9,3,4,5,0,1,2\n8,3,4,5,1,1,2\n'))
+    assert np.array_equal(cloud.points, [[0, 1, 2, 3, 4, 5, 9], [1, 1, 2, 3, 4, 5, 8]]) and cloud.normals is True
+    assert read_cloud(write(tmp_path / 'b.csv', 'x,y,z,r,g,b\n0,1,2,3,4,5\n')).normals is False
+
+
+@pytest.mark.parametrize('text, match', [
+    ('1,2,3\n4,,6\n', 'empty|convert'), ('1,,3\n4,5,6\n', 'empty|convert'),
+    ('3\nnote\n1 2 3\n4 5 6\n', '3 points ann.* 2 rows'),
+    ('1\n1 2 3\n4 5 6\n', '1 points ann.* 2 rows'), ('2\nnote\nC 1 2 3\nC 4 5 6\n', 'no row'),
+    ('0.5\n1 2 3\n4 5 6\n', '0.5 points'), ('0,5 1,5 2,5\n', 'no row'), ('x,y,z\n1,2,3,4\n5,6,7,8\n', '3 columns'),
+    ('0,5;1;2\n3;4\n', 'column'), ("'1','2','3'\n", 'convert')])
+def test_text_that_would_be_misread_is_an_error(tmp_path, text, match):
+    with pytest.raises(ValueError, match=rf'bad.xyz.*({match})'):
+        read_cloud(write(tmp_path / 'bad.xyz', text))
+
+
 @pytest.mark.parametrize('name', ['a.txt', 'a.CSV', 'a.xyz'])
 def test_text_keeps_further_columns(tmp_path, name):
     path = tmp_path / name
@@ -170,7 +196,9 @@ def test_other_names_and_broken_pickles_are_refused(tmp_path, raw):
 @pytest.mark.parametrize('change', [
     lambda t: t, lambda t: t.replace('OFF\n# a cube of side 2 with square faces\n', 'OFF'),
     lambda t: t.replace('OFF\n', 'OFF '), lambda t: t.replace('8 6 0', '8 6'), lambda t: t.replace('\n', '\r\n'),
-    lambda t: t.replace('2 2 2\n', '2 2 2  # corner\n\n'), lambda t: t.replace('OFF', 'COFF', 1)])
+    lambda t: t.replace('2 2 2\n', '2 2 2  # corner\n\n'), lambda t: t.replace('OFF', 'COFF', 1),
+    lambda t: '\ufeff' + t, lambda t: t.replace('OFF', 'off'), lambda t: t.replace('255 0 0', '').replace('2 0 0\n', '2 0\n0 '),
+    lambda t: t.replace('4 4 5 6 7 255 0 0', '4 4 5 6 7').replace('2 2 0\n', '2\n2 0 ').replace('6 5\n', '6\n5\n')])
 def test_off(tmp_path, change):
     text = change(CUBE)
     path = write(tmp_path / 'cube.off', text.replace('OFF # a cube', 'OFF # a'))
@@ -213,6 +241,11 @@ def test_a_mesh_is_sampled_by_area_with_face_normals(tmp_path):
 
 def test_off_without_faces_is_its_vertices(tmp_path):
     cloud = read_cloud(write(tmp_path / 'a.off', 'OFF\n2 0 0\n0 0 0\n1 2 3\n'))
+    assert np.array_equal(cloud.points, [[0, 0, 0], [1, 2, 3]]) and cloud.normals is False
+
+
+def test_obj_without_faces_is_its_vertices(tmp_path, open3d):
+    cloud = read_cloud(write(tmp_path / 'a.obj', '# note\nv 0 0 0\nv 1 2 3 1.0\nvn 0 0 1\n'))
     assert np.array_equal(cloud.points, [[0, 0, 0], [1, 2, 3]]) and cloud.normals is False
 
 

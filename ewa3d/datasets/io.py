@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ewa3d.datasets.announced import check_announced
+from ewa3d.datasets.text import read_rows
 
 __all__ = ['Cloud', 'Mesh', 'EXTENSIONS', 'read_cloud', 'read_off', 'sample_mesh', 'as_cloud', 'read_h5',
            'import_open3d']
@@ -135,24 +136,7 @@ def sample_mesh(mesh: Mesh, num_points: int, rng: np.random.Generator, name: str
 
 # ---- readers ------------------------------------------------------------------------------------------------------
 def read_text(path: Path) -> Cloud:
-    """Rows of numbers separated by commas, semicolons or blanks. Header lines, ``#`` comments and a leading line with
-    the number of points are skipped."""
-    text = path.read_text(encoding='utf-8-sig', errors='replace').replace(',', ' ').replace(';', ' ')
-    lines = [line for line in (re.split('#|//', line)[0] for line in text.splitlines()) if line.strip()]
-    first = next((i for i, line in enumerate(lines) if is_row(line)), len(lines))
-    if first == len(lines):
-        raise ValueError('no row of numbers')
-    if first + 1 < len(lines) and len(lines[first].split()) == 1:  # xyz files may begin with the number of points
-        first = next((i for i in range(first + 1, len(lines)) if is_row(lines[i])), first)
-    return Cloud(np.loadtxt(lines[first:], ndmin=2))
-
-
-def is_row(line: str) -> bool:
-    """Whether a line consists of numbers."""
-    try:
-        return bool([float(word) for word in line.split()])
-    except ValueError:
-        return False
+    return Cloud(*read_rows(path))
 
 
 def read_npy(path: Path) -> Cloud:
@@ -213,10 +197,10 @@ def read_h5(path: Path, *keys: str) -> list[np.ndarray]:
 
 def read_off(path: Path) -> Mesh:
     """An OFF mesh. Also read: a header that runs into the counts (``OFF490 518 0``, as many ModelNet files have it),
-    comments, polygons (split into a fan of triangles), colours behind a vertex or a face."""
-    lines = [line.split('#')[0].strip() for line in path.read_text(encoding='utf-8', errors='replace').splitlines()]
+    comments, polygons (split into a fan of triangles), colours behind a vertex or a face, lines broken anywhere."""
+    lines = [line.split('#')[0].strip() for line in path.read_text('utf-8-sig', errors='replace').splitlines()]
     lines = [line for line in lines if line]
-    header = re.fullmatch(r'(?:ST)?C?N?OFF\s*(.*)', lines[0]) if lines else None
+    header = re.fullmatch(r'(?:ST)?C?N?OFF\s*(.*)', lines[0], re.IGNORECASE) if lines else None
     if header is None:
         raise ValueError(f'{path}: an OFF file begins with OFF, this one with {lines[0][:20] if lines else ""!r}')
     body = [header[1], *lines[1:]] if header[1] else lines[1:]
@@ -225,12 +209,37 @@ def read_off(path: Path) -> Mesh:
     except (ValueError, IndexError):
         raise ValueError(f'{path}: the numbers of vertices and faces should follow OFF, got '
                          f'{body[0][:40] if body else ""!r}') from None
-    if num_vertices < 0 or num_faces < 0 or len(body) < 1 + num_vertices + num_faces:
-        raise ValueError(f'{path}: {num_vertices} vertices and {num_faces} faces announced, {len(body) - 1} lines '
+    try:
+        return off_lines(body[1:], num_vertices, num_faces, path)
+    except ValueError:
+        mesh = off_words(' '.join(body[1:]).split(), num_vertices, num_faces)
+        if mesh is None:
+            raise
+        return mesh
+
+
+def off_lines(lines: list[str], num_vertices: int, num_faces: int, path: Path) -> Mesh:
+    """A mesh of one line a vertex and a face, whatever follows on it."""
+    if num_vertices < 0 or num_faces < 0 or len(lines) < num_vertices + num_faces:
+        raise ValueError(f'{path}: {num_vertices} vertices and {num_faces} faces announced, {len(lines)} lines '
                          f'follow: the file is cut off')
-    rows = body[1:1 + num_vertices]
+    rows = lines[:num_vertices]
     vertices = np.loadtxt(rows, usecols=(0, 1, 2), ndmin=2) if rows else np.empty((0, 3))
-    return Mesh(vertices, off_faces(body[1 + num_vertices:1 + num_vertices + num_faces]))
+    return Mesh(vertices, off_faces(lines[num_vertices:num_vertices + num_faces]))
+
+
+def off_words(words: list[str], num_vertices: int, num_faces: int) -> Mesh | None:
+    """A mesh of words, wherever its lines break; ``None`` unless vertices and faces are all there is."""
+    at, faces = 3 * num_vertices, []
+    if num_vertices < 0 or num_faces < 0 or not all(word.isdecimal() for word in words[at:]):
+        return None
+    for _ in range(num_faces):
+        size = 1 + int(words[at]) if at < len(words) else 0
+        faces.append(' '.join(words[at:at + size]))
+        at += size
+    if at != len(words) or '' in faces:
+        return None
+    return Mesh(np.array(words[:3 * num_vertices], dtype=np.float64).reshape(-1, 3), off_faces(faces))
 
 
 def off_faces(lines: list[str]) -> np.ndarray:
@@ -254,6 +263,18 @@ def read_mesh_open3d(path: Path) -> Mesh:
     if not len(mesh.vertices):
         raise ValueError('open3d finds no vertices in it')
     return Mesh(np.asarray(mesh.vertices), np.asarray(mesh.triangles, dtype=np.int64))
+
+
+def read_obj(path: Path) -> Mesh:
+    """An OBJ mesh; without faces (open3d finds nothing then) its vertices."""
+    import_open3d(path)
+    lines = path.read_text('utf-8-sig', errors='replace').splitlines()
+    if any(line.lstrip().startswith('f ') for line in lines):
+        return read_mesh_open3d(path)
+    rows = [line.split()[1:4] for line in lines if line.lstrip().startswith('v ')]
+    if not rows:
+        raise ValueError('there are no vertices (lines "v x y z") in it')
+    return Mesh(np.array(rows, dtype=np.float64).reshape(len(rows), 3), np.empty((0, 3), dtype=np.int64))
 
 
 def read_points_open3d(path: Path) -> Cloud:
@@ -303,5 +324,5 @@ def import_open3d(path: str | Path = ''):
 
 READERS = {'.txt': read_text, '.csv': read_text, '.xyz': read_text, '.npy': read_npy, '.npz': read_npz,
            '.h5': read_h5_cloud, '.off': read_off, '.ply': read_ply, '.pcd': read_points_open3d,
-           '.obj': read_mesh_open3d, '.stl': read_mesh_open3d}
+           '.obj': read_obj, '.stl': read_mesh_open3d}
 EXTENSIONS = frozenset(READERS)
