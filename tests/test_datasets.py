@@ -200,6 +200,41 @@ def test_bad_seeds(seed):
         Fruit(seed=seed)
 
 
+@pytest.mark.parametrize('indices', [[True, False] + [True] * 9, True, np.ones(11, bool)])
+def test_masks_are_no_indices(indices):
+    with pytest.raises(TypeError, match='flatnonzero'):
+        Fruit(indices=indices)
+
+
+def test_meshes_have_normals_where_they_are_asked_for(tmp_path):
+    path = tmp_path / 'a.off'
+    path.write_text('OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n')
+    assert of([dict(path=path, label=0)])[0]['points'].shape == (10_000, 3)
+    sample = of([dict(path=path, label=0)], metainfo=dict(normals=True))[0]
+    assert sample['points'].shape == (10_000, 6) and sample['normals'] is True
+    path.write_text('OFF\n3 0 0\n0 0 0\n1 0 0\n0 1 0\n')
+    with pytest.raises(ValueError, match=r'a.off: metainfo says normals=True'):
+        of([dict(path=path, label=0)], metainfo=dict(normals=True))[0]
+
+
+def test_what_an_entry_says_is_kept():
+    entry = dict(points=np.zeros((2, 6)), label=0, normals=True, up_axis='x', index=42, colour='red')
+    sample = of([entry])[0]
+    assert sample['normals'] is True and sample['up_axis'] == 'x' and sample['colour'] == 'red'
+    assert sample['index'] == 42
+    with pytest.raises(TypeError, match="'normals' says whether"):
+        of([dict(points=np.eye(3), normals=np.eye(3), label=0)])[0]
+
+
+def test_a_missing_data_root_is_named():
+    class Files(Fruit):
+        def load_data_list(self):
+            return [dict(path=self.data_root / 'a.npy', label=0)]
+    with pytest.raises(TypeError, match='give it as data_root='):
+        Files()
+    assert len(Files('garden')) == 1
+
+
 def test_normals_need_their_columns():
     dataset = of([dict(points=np.eye(3), label=0, name='flat')], metainfo=dict(normals=True))
     with pytest.raises(ValueError, match='flat: normals need 6 columns'):

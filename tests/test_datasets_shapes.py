@@ -88,9 +88,17 @@ def test_points_are_drawn_by_area():
 
 
 def test_arguments():
-    for kwargs in (dict(num_samples=-1), dict(num_points=0), dict(split='trian')):
-        with pytest.raises(ValueError):
+    for kwargs in (dict(num_samples=-1), dict(num_samples=0), dict(num_points=0), dict(num_points=1),
+                   dict(split='trian'), dict(data_seed=-1), dict(data_seed=0.5)):
+        with pytest.raises(ValueError, match=next(iter(kwargs))):
             SyntheticShapes(**{'num_samples': 5, 'lazy_init': True, **kwargs})
+    for key, value in dict(hidden=2, outliers='a', noise=-1, tilt=float('nan'), unevenness=None).items():
+        with pytest.raises(ValueError, match=f'{key} must be .* got {value!r}'):
+            SyntheticShapes(5, shape_cfg={key: value})
+    with pytest.raises(TypeError, match="'hiden'; did you mean 'hidden'"):
+        SyntheticShapes(5, shape_cfg=dict(hiden=0.1))
+    two = SyntheticShapes(130, num_points=2)
+    assert all(np.isfinite(two[i]['points']).all() for i in range(130))
     with pytest.raises(TypeError, match='wobble'):
         SyntheticShapes(5, shape_cfg=dict(wobble=1))
 

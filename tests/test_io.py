@@ -100,7 +100,8 @@ def test_npy(tmp_path, dtype):
 
 
 @pytest.mark.parametrize('array, error', [
-    (np.zeros((4, 2)), ValueError), (np.zeros(3), ValueError), (np.zeros((2, 4, 3)), ValueError),
+    (np.zeros((4, 2)), ValueError), (np.zeros((3, 100)), ValueError),
+    (np.zeros(3), ValueError), (np.zeros((2, 4, 3)), ValueError),
     (np.zeros((0, 3)), ValueError), (np.array([[1e300] * 3, [-1e300] * 3]), ValueError),
     (np.zeros((2, 3), complex), TypeError),
     (np.array([['a', 'b', 'c']]), TypeError)])
@@ -197,7 +198,8 @@ def test_other_names_and_broken_pickles_are_refused(tmp_path, raw):
     lambda t: t, lambda t: t.replace('OFF\n# a cube of side 2 with square faces\n', 'OFF'),
     lambda t: t.replace('OFF\n', 'OFF '), lambda t: t.replace('8 6 0', '8 6'), lambda t: t.replace('\n', '\r\n'),
     lambda t: t.replace('2 2 2\n', '2 2 2  # corner\n\n'), lambda t: t.replace('OFF', 'COFF', 1),
-    lambda t: '\ufeff' + t, lambda t: t.replace('OFF', 'off'), lambda t: t.replace('255 0 0', '').replace('2 0 0\n', '2 0\n0 '),
+    lambda t: '\ufeff' + t, lambda t: t.replace('OFF', 'off'),
+    lambda t: t.replace('255 0 0', '').replace('2 0 0\n', '2 0\n0 '),
     lambda t: t.replace('4 4 5 6 7 255 0 0', '4 4 5 6 7').replace('2 2 0\n', '2\n2 0 ').replace('6 5\n', '6\n5\n')])
 def test_off(tmp_path, change):
     text = change(CUBE)

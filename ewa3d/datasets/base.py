@@ -93,7 +93,7 @@ class PointDataset(Dataset):
         if 'points' in entry:
             return {}
         if 'path' in entry:
-            return dict(points=read_cloud(entry['path']).points)
+            return dict(points=self._read_path(entry['path']))
         raise KeyError(f"an entry of the data list needs 'points' or 'path', got {sorted(entry)}")
 
     # ---- what everybody uses ----------------------------------------------------------------------------------------
@@ -116,7 +116,13 @@ class PointDataset(Dataset):
         """Read the list of samples, once."""
         if self._data_list is not None:
             return
-        data_list = list(self.load_data_list())
+        try:
+            data_list = list(self.load_data_list())
+        except TypeError as error:
+            if self.data_root is None and 'NoneType' in str(error):  # self.data_root / 'name'
+                raise TypeError(f'{type(self).__name__}: load_data_list() failed ({error}); if it needs the folder of '
+                                f'the data, give it as data_root=…, which is None') from error
+            raise
         if not data_list:
             raise ValueError(f'{self._what} has no samples')
         check_labels(data_list, self._metainfo.get('classes'), self._what)
@@ -162,19 +168,33 @@ class PointDataset(Dataset):
         entry = self._data_list[index]
         name = self._name(index)
         try:
-            results = {**entry, **self.load_cloud(entry)}
+            results = {**self._defaults(index), **entry, **self.load_cloud(entry)}
             points = as_cloud(results['points'], name).view()
         except KEPT_ERRORS as error:
             raise self._located(error, index) from error
-        normals = bool(self._metainfo.get('normals'))
-        if normals and points.shape[1] < 6:
+        if not isinstance(results['normals'], (bool, np.bool_)):
+            raise TypeError(f"{name}: 'normals' says whether columns 3 to 5 of 'points' are normals (True or "
+                            f"False), got {type(results['normals']).__name__}; put the vectors into these columns")
+        if results['normals'] and points.shape[1] < 6:
             raise ValueError(f'{name}: normals need 6 columns, the cloud has {points.shape[1]}')
         if results.get('parts') is not None and len(results['parts']) != len(points):
             raise ValueError(f'{name}: {len(results["parts"])} part labels for {len(points)} points')
         points.flags.writeable = False  # a transform that writes in place would change the data for good
-        results.update(points=points, name=name, index=index, up_axis=self._metainfo.get('up_axis'),
-                       normals=normals, rng=np.random.default_rng((self.seed or 0, self.epoch, index)))
+        results.update(points=points, name=name)
         return results
+
+    def _defaults(self, index: int) -> dict:
+        """What a sample has unless its entry says otherwise."""
+        return dict(index=index, up_axis=self._metainfo.get('up_axis'), normals=bool(self._metainfo.get('normals')),
+                    rng=np.random.default_rng((self.seed or 0, self.epoch, index)))
+
+    def _read_path(self, path: str | Path) -> np.ndarray:
+        """The cloud in a file; normals that the file (a mesh, say) has are kept only where they are asked for."""
+        points, normals = read_cloud(path)
+        wanted = bool(self._metainfo.get('normals'))
+        if wanted and normals is False:
+            raise ValueError(f"{path}: metainfo says normals=True, but the file has none")
+        return np.delete(points, slice(3, 6), axis=1) if normals and not wanted else points
 
     def _located(self, error: Exception, index: int, step: Callable | None = None) -> Exception:
         """``error`` as one that names the sample and the transform."""
@@ -235,6 +255,9 @@ def choose(total: int, indices: int | Sequence[int] | None, what: str) -> Sequen
     """The indices of a subset of ``total`` samples (see :class:`PointDataset`)."""
     if indices is None:
         return range(total)
+    if isinstance(indices, bool) or (not isinstance(indices, (int, np.integer)) and any(
+            isinstance(i, (bool, np.bool_)) for i in indices)):
+        raise TypeError(f'{what}: indices are integers, got booleans; np.flatnonzero(mask) turns a mask into them')
     if isinstance(indices, (int, np.integer)):
         if not 1 <= indices <= total:
             raise ValueError(f'{what}: indices={indices} samples asked for, there are {total}')

@@ -17,6 +17,7 @@ __all__ = ['Cloud', 'Mesh', 'EXTENSIONS', 'read_cloud', 'read_off', 'sample_mesh
 
 MESH_POINTS = 10_000  # points drawn from a mesh, as many as modelnet40_normal_resampled has
 FAR = 1000.0  # a cloud further from the origin than so many of its extents is moved there before float32 rounds it
+MAX_ROWS, MIN_COLUMNS = 9, 12  # so few points of more columns are a cloud that lies on its side
 KEYS = ('points', 'data', 'xyz', 'arr_0')
 
 
@@ -87,6 +88,9 @@ def as_cloud(points, name: str) -> np.ndarray:
         raise TypeError(f'{name}: a cloud is an array of numbers, got {points.dtype}')
     if points.ndim != 2 or points.shape[1] < 3 or not len(points):
         raise ValueError(f'{name}: a cloud has the shape (N, 3+F) with N > 0, got {points.shape}')
+    if len(points) <= MAX_ROWS < MIN_COLUMNS < points.shape[1]:
+        raise ValueError(f'{name}: the shape {points.shape} means {len(points)} points of {points.shape[1]} columns; a '
+                         f'cloud has the shape (N, 3+F): transpose it')
     finite = np.isfinite(points)
     if not finite.all():
         rows = np.flatnonzero(~finite.all(1))

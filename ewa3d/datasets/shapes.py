@@ -6,7 +6,7 @@ import numpy as np
 from ewa3d.datasets.base import PointDataset
 from ewa3d.datasets.solids import Solid
 from ewa3d.datasets.transforms import count, rotation
-from ewa3d.registry import DATASETS
+from ewa3d.registry import DATASETS, nearest
 
 __all__ = ['SyntheticShapes', 'PARTS', 'make_shape']
 
@@ -176,6 +176,9 @@ def windmill(s, u):
 MAKERS = {f.__name__: f for f in (airplane, bottle, bucket, cabinet, car, chair, lamp, monitor, mug, shelf, table,
                                   umbrella, windmill)}
 
+# Options of make_shape and what they may be.
+LIMITS = dict(noise=(0, 10), outliers=(0, 1), hidden=(0, 0.95), unevenness=(0, 10), tilt=(0, 180))
+
 
 def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: float = 0.012,
                outliers: float = 0.02, hidden: float = 0.2, unevenness: float = 1.3, tilt: float = 35.0):
@@ -193,7 +196,8 @@ def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: flo
     sampled = int(np.ceil(num_points / (1 - hidden * rng.random())))
     points, parts = solid.sample(sampled, rng, unevenness)
     low, high = points.min(0), points.max(0)
-    points = (points - (low + high) / 2) / (high - low) * rng.uniform(0.5, 1, 3)  # a class tells nothing by its box
+    # a class tells nothing by its box
+    points = (points - (low + high) / 2) / np.maximum(high - low, 1e-9) * rng.uniform(0.5, 1, 3)
     if sampled > num_points:  # what lies furthest along some direction is not seen
         direction = rng.standard_normal(3)
         seen = np.argpartition(points @ direction, num_points - 1)[:num_points]
@@ -213,6 +217,18 @@ def random_pose(rng: np.random.Generator, tilt: float) -> np.ndarray:
     """Any turn about the up axis, a lean of up to ``tilt`` degrees, and another turn."""
     first, lean, last = 2 * np.pi * rng.random(), np.deg2rad(tilt) * rng.uniform(-1, 1), 2 * np.pi * rng.random()
     return rotation(2, last) @ rotation(0, lean) @ rotation(2, first)
+
+
+def check_shape_cfg(cfg: dict | None) -> dict:
+    """The options of :func:`make_shape`, or an error that names key and value."""
+    cfg = dict(cfg or {})
+    for key, value in cfg.items():
+        if key not in LIMITS:
+            raise TypeError(f'SyntheticShapes: shape_cfg has no option {key!r}; {nearest(key, LIMITS)}')
+        low, high = LIMITS[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value <= high:
+            raise ValueError(f'SyntheticShapes: shape_cfg: {key} must be a number from {low} to {high}, got {value!r}')
+    return cfg
 
 
 @DATASETS.register_module()
@@ -238,9 +254,15 @@ class SyntheticShapes(PointDataset):
 
     def __init__(self, num_samples: int | None = None, num_points: int = 1024, split: str = 'train',
                  data_seed: int = 0, in_memory: bool = True, shape_cfg: dict | None = None, **kwargs):
-        self.num_samples = count('SyntheticShapes: num_samples', num_samples or (4000 if split == 'train' else 1000))
+        if num_samples is None:
+            num_samples = 4000 if split == 'train' else 1000
+        self.num_samples = count('SyntheticShapes: num_samples', num_samples)
         self.num_points = count('SyntheticShapes: num_points', num_points)
-        self.data_seed, self.in_memory, self.shape_cfg = data_seed, in_memory, dict(shape_cfg or {})
+        if self.num_points < 2:
+            raise ValueError(f'SyntheticShapes: num_points must be at least 2 to show a shape, got {num_points}')
+        if isinstance(data_seed, bool) or not isinstance(data_seed, (int, np.integer)) or data_seed < 0:
+            raise ValueError(f'SyntheticShapes: data_seed must be an integer of at least 0, got {data_seed!r}')
+        self.data_seed, self.in_memory, self.shape_cfg = data_seed, in_memory, check_shape_cfg(shape_cfg)
         super().__init__(split=split, **kwargs)
 
     def load_data_list(self) -> list[dict]:
