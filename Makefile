@@ -16,7 +16,8 @@ env: $(STAMP)
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ewa3d needs Python >= 3.11, but $(PYTHON) is " + sys.version.split()[0] + "; choose another with PYTHON=")'
-	@test -x $(BIN)/python || { echo "==> creating the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@# python without pip: an earlier attempt stopped midway (no ensurepip, say), so create it again (in place: nothing is deleted)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "==> creating the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "==> installing ewa3d with the versions pinned in constraints.txt (torch is large: minutes, and some GB on disk, the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@rm -f $(VENV)/.ewa3d-*

@@ -123,7 +123,7 @@ def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', h
         axes.legend(frameon=False)
     if heading:
         figure.suptitle(heading, color=INK, weight='bold')
-    figure.tight_layout()
+    _plain_text(figure).tight_layout()
     return _save(figure, path)
 
 
@@ -155,7 +155,7 @@ def draw_confusion(matrix, classes: Sequence[str], path, *, heading: str = '') -
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelcolor=INK, labelsize=9 if size <= 25 else 6)
     axes.set_title(heading, color=INK, weight='bold')
-    figure.tight_layout()
+    _plain_text(figure).tight_layout()
     return _save(figure, path)
 
 
@@ -299,10 +299,19 @@ def _figure(width: float, height: float):
     return figure
 
 
+def _plain_text(figure):
+    """``figure`` with every text drawn as it is written: a ``$`` in a class name begins no formula."""
+    from matplotlib.text import Text
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure
+
+
 def _save(figure, path) -> Path:
     path = Path(path)
     if path.suffix.lower() != '.png':
         raise ValueError(f'{path}: expected a file name that ends in .png')
     buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=130, metadata={'Software': None})  # the same picture, the same bytes
+    # without the metadata, the same picture has the same bytes
+    _plain_text(figure).savefig(buffer, format='png', dpi=130, metadata={'Software': None})
     return atomic_write(path, buffer.getvalue())

@@ -136,6 +136,16 @@ def test_bad_input_is_named_and_writes_nothing(cloud, tmp_path, call, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_dollars_and_backslashes_in_names_are_no_formulas(tmp_path):
+    odd = r'$\frac{$ \no$'
+    path = tmp_path / 'a.png'
+    vis.draw_clouds([np.eye(3)], path, titles=[odd], heading=odd)
+    vis.draw_predictions([np.eye(3)], [0], [1], [odd, 'b'], path)
+    vis.draw_curves({odd: {odd: [1, 2]}}, path, xlabel=odd, heading=odd)
+    vis.draw_confusion(np.eye(2), [odd, '$$'], path, heading=odd)
+    assert path.read_bytes().startswith(b'\x89PNG')
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = atomic_write(tmp_path / 'a.txt', 'old')
 
