@@ -179,6 +179,12 @@ def test_an_unlabelled_cloud_has_no_label():
     assert 'gt_label' not in of([dict(points=np.eye(3))], pipeline=[dict(type='Pack')])[0]['data_samples']
 
 
+@pytest.mark.parametrize('entries, match', [(None, 'must return a list of dicts, got None'), ([('a', 0)], 'got tuple')])
+def test_lists_of_something_else(entries, match):
+    with pytest.raises(TypeError, match=match):
+        of(entries)
+
+
 def test_no_samples():
     with pytest.raises(ValueError, match='no samples'):
         of([])

@@ -117,12 +117,15 @@ class PointDataset(Dataset):
         if self._data_list is not None:
             return
         try:
-            data_list = list(self.load_data_list())
+            data_list = self.load_data_list()
         except TypeError as error:
             if self.data_root is None and 'NoneType' in str(error):  # self.data_root / 'name'
                 raise TypeError(f'{type(self).__name__}: load_data_list() failed ({error}); if it needs the folder of '
                                 f'the data, give it as data_root=…, which is None') from error
             raise
+        if data_list is None:
+            raise TypeError(f'{type(self).__name__}: load_data_list() must return a list of dicts, got None')
+        data_list = list(data_list)
         if not data_list:
             raise ValueError(f'{self._what} has no samples')
         check_labels(data_list, self._metainfo.get('classes'), self._what)
@@ -240,12 +243,16 @@ def merge_metainfo(*parts: dict) -> dict:
 def check_labels(data_list: list[dict], classes: Sequence[str] | None, what: str) -> None:
     """Raise unless every label is an integer that has a class."""
     for i, entry in enumerate(data_list):
+        if not isinstance(entry, dict):
+            raise TypeError(f"{what}: sample {i}: an entry of the data list is a dict with 'points' or 'path' and "
+                            f"'label', got {type(entry).__name__}")
         label = entry.get('label')
         if label is None:
             continue
         name = entry.get('name') or entry.get('path') or i
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
-            raise TypeError(f'{what}: sample {name}: the label must be an integer, got {label!r}')
+            raise TypeError(f'{what}: sample {name}: the label must be an integer (the index of its class), '
+                            f'got {label!r}')
         if label < 0 or (classes is not None and label >= len(classes)):
             raise ValueError(f'{what}: sample {name}: label {label} is not one of the '
                              f'{len(classes) if classes is not None else ""} classes (counted from 0)')
