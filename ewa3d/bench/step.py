@@ -23,7 +23,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def _step(settings: Settings, size: dict, dtype: str, every: int = 0):
-    """A builder of one step: forward, loss, backward, clipping, AdamW, with ``every`` the averaging of the experts."""
+    """A builder of one step: forward, loss, backward, AdamW, with ``every`` the averaging of the experts."""
     def build():
         from ewa3d import attach_ewa, expand
         from ewa3d.structures import Sample
@@ -42,7 +42,6 @@ def _step(settings: Settings, size: dict, dtype: str, every: int = 0):
             with settings.autocast(dtype):
                 losses = model(dict(points=points), samples, mode='loss')
             sum(losses.values()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 10.)
             optimizer.step()
             optimizer.zero_grad()
         return step

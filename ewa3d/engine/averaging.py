@@ -62,11 +62,16 @@ def _average(stacked: Tensor, share_rate: float) -> None:
     weight = min(float(share_rate) / largest_share_rate(len(local)), 1.)  # 1 - c
     if weight == 0:
         return
-    if local.dtype in (torch.float16, torch.bfloat16):
-        wide = local.float()
-        local.copy_(wide.lerp_(wide.mean(0, keepdim=True), weight))
-    else:
-        local.lerp_(local.mean(0, keepdim=True), weight)
+    wide = local.float() if local.dtype in (torch.float16, torch.bfloat16) else local
+    experts = wide.unbind(0)
+    mean = experts[0].clone()
+    for expert in experts[1:]:  # adding whole experts is twice as fast as a reduction over the leading dimension
+        mean += expert
+    mean /= len(experts)
+    for expert in experts:
+        expert.lerp_(mean, weight)
+    if wide is not local:
+        local.copy_(wide)
 
 
 def _tensors(experts) -> Iterable[Tensor]:
