@@ -172,6 +172,9 @@ def test_mistakes_in_train(trained, tmp_path, capsys):
 @pytest.mark.parametrize(('option', 'expected'), [
     ('env_cfg.cudnn_benchmrk=True', "env_cfg takes no 'cudnn_benchmrk'; did you mean 'cudnn_benchmark'"),
     ('env_cfg.mp_cfg.mp_start=fork', "env_cfg.mp_cfg takes no 'mp_start'; did you mean 'mp_start_method'"),
+    ('compile.mod=default', "compile takes no 'mod'; did you mean 'mode'"),
+    ('log_processor.windw_size=5', "log_processor takes no 'windw_size'; did you mean 'window_size'"),
+    ('visualizer.type=Visualiser', "visualizer: 'Visualiser'"),
     ('randomness.sede=4', "randomness takes no 'sede'; did you mean 'seed'"),
     ('optim_wrapper.clip_grad.max_nrm=1', "optim_wrapper.clip_grad takes no 'max_nrm'; did you mean 'max_norm'"),
     ('optim_wrapper.paramwise_cfg.bias_lr_mlt=2', "optim_wrapper.paramwise_cfg takes no 'bias_lr_mlt'"),

@@ -172,6 +172,13 @@ def test_mixed_trees(make):
         make()
 
 
+@pytest.mark.parametrize('path', ['Train/a/1.npy', 'a/TEST/1.npy'])
+def test_a_split_in_another_case(make, path):
+    tree(make.root, path)
+    with pytest.raises(ValueError, match=r"(Train|TEST): .* called '(train|test)'; rename it"):
+        make()
+
+
 def test_levels_below_some_classes_only(make):
     tree(make.root, 'a/train/1.npy', 'a/test/1.npy', 'b/1.npy')
     with pytest.raises(ValueError, match="class 'b' has no folders"):

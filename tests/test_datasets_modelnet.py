@@ -101,7 +101,7 @@ def test_txt_of_modelnet10_uses_its_own_lists(make):
     assert dataset.metainfo['classes'] == CLASSES[10] and dataset[1]['label'] == 6
 
 
-@pytest.mark.parametrize('prefix', ['', 'data/modelnet40_ply_hdf5_2048/'])
+@pytest.mark.parametrize('prefix', ['', 'data/modelnet40_ply_hdf5_2048/', 'data\\modelnet40_ply_hdf5_2048\\'])
 @pytest.mark.parametrize('normals', [False, True])
 def test_h5(make, prefix, normals):
     h5_layout(make.root, prefix, names=CLASSES[10])

@@ -106,6 +106,16 @@ def test_the_console_is_short_and_names_the_files(finished):
     assert len(console.splitlines()) < 2 * 30 and 'arning' not in console
 
 
+def test_a_fusion_that_changes_the_model_ends_it(configs, tmp_path, monkeypatch, capsys):
+    def refuse(checkpoint, out):
+        return fuse_checkpoint(checkpoint, out, tolerance=-1.)
+    fuse_checkpoint = quickstart.fuse_checkpoint
+    monkeypatch.setattr(quickstart, 'fuse_checkpoint', refuse)
+    assert quickstart.main(['--work-dir', str(tmp_path / 'q'), '--configs', *configs]) == 2
+    assert 'changed the model' in capsys.readouterr().err
+    assert not (tmp_path / 'q' / 'results.json').exists() and not (tmp_path / 'q' / 'ewa' / 'fused.pth').exists()
+
+
 def test_threads_are_given_back(configs, tmp_path, capsys):
     before = torch.get_num_threads()
     assert quickstart.main(['--work-dir', str(tmp_path / 'q'), '--threads', '2', '--configs', 'a.py', 'b.py']) == 2

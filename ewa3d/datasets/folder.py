@@ -136,6 +136,7 @@ class Tree:
         top = subfolders(root)
         if not top:
             raise ValueError(f'{root}: has no class folders; <class>/<files> or <split>/<class>/<files> was expected')
+        _check_case(top)
         levels = [folder for folder in top if folder.name in SPLITS]
         if levels and len(levels) < len(top):
             strange = next(folder.name for folder in top if folder.name not in SPLITS)
@@ -146,6 +147,7 @@ class Tree:
         else:
             self._found = {}
             for folder in top:
+                _check_case(subfolders(folder))
                 below = [f for f in subfolders(folder) if f.name in SPLITS]
                 self._found |= {(folder.name, f.name): f for f in below} or {(folder.name, None): folder}
             self._check_levels()
@@ -170,6 +172,13 @@ class Tree:
             raise ValueError(f'{self.root}: has no split {split!r}; there are {", ".join(self.splits)}')
         return [folder for (category, level), folder in self._found.items()
                 if category == name and (split is None or level in (None, split))]
+
+
+def _check_case(folders: list[Path]) -> None:
+    """``Train`` beside ``Test`` would silently be two classes."""
+    for folder in folders:
+        if folder.name not in SPLITS and folder.name.lower() in SPLITS:
+            raise ValueError(f'{folder}: the folder of a split is called {folder.name.lower()!r}; rename it')
 
 
 def subfolders(folder: Path) -> list[Path]:

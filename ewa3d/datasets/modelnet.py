@@ -2,7 +2,7 @@
 import re
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
@@ -212,10 +212,11 @@ def find_dat(root: Path, variant: int, split: str) -> Path | None:
 
 def find_h5(root: Path, line: str, listed: Path) -> Path:
     """The h5 file that a line of the list means: official lists name it from the folder of their own project."""
-    for candidate in (root / line, root / Path(line).name):
+    name = PureWindowsPath(line).name  # splits at / and at \
+    for candidate in (root / line, root / name):
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f'{root / Path(line).name}: listed in {listed.name}, but not there')
+    raise FileNotFoundError(f'{root / name}: listed in {listed.name}, but not there')
 
 
 def read_lines(file: Path) -> list[str]:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
-from torch import Tensor, nn
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, LogProcessor, TestLoop, ValLoop
+from torch import Tensor, compile, nn
 
 from ewa3d import registry as R
 from ewa3d.registry import check_keywords, nearest
@@ -33,7 +33,9 @@ LOADER_KEYS = {'dataset', 'sampler', 'batch_sampler', 'collate_fn', 'worker_init
 SECTIONS = {'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'),
             'env_cfg.mp_cfg': ('mp_start_method', 'opencv_num_threads'),
             'randomness': ('seed', 'diff_rank_seed', 'deterministic'),
-            'auto_scale_lr': ('base_batch_size', 'enable')}
+            'auto_scale_lr': ('base_batch_size', 'enable'),
+            'compile': tuple(inspect.signature(compile).parameters)[1:],
+            'log_processor': ('type', *tuple(inspect.signature(LogProcessor).parameters))}
 # mmengine's own constructor reads its `paramwise_cfg` key by key and never says that one is unknown.
 DEFAULT_PARAMWISE = ('custom_keys', 'bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult',
                      'dwconv_decay_mult', 'dcn_offset_lr_mult', 'bypass_duplicate')
@@ -81,6 +83,8 @@ def check_config(cfg: Mapping, training: bool = True) -> None:
             _check_ranges(hook, where, HOOK_RANGES)
     for where, keys in SECTIONS.items():
         _check_section(cfg, where, keys)
+    if isinstance(cfg.get('visualizer'), Mapping):
+        _check(cfg['visualizer'], R.VISUALIZERS, 'visualizer')
 
 
 def _check(cfg, registry, where: str) -> None:
@@ -141,7 +145,7 @@ def _check_section(cfg: Mapping, where: str, keys) -> None:
     section = cfg.get(first)  # a Config is no Mapping, what is in it is
     for name in rest:
         section = section.get(name) if isinstance(section, Mapping) else None
-    if section is not None:
+    if section is not None and not (where == 'compile' and isinstance(section, bool)):
         if not isinstance(section, Mapping):
             raise TypeError(f'{where} is {section!r}; a dict was expected')
         _check_names(section, keys, where)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ewa3d.checks import check_integer
 from ewa3d.layers.partition import Partition, autocast, expert_layer_norm, expert_linear, scale_grad, uniform_partition
 from ewa3d.registry import MODELS, nearest
 from ewa3d.reparam import Reparam
@@ -33,7 +34,7 @@ class StackedExperts(Reparam):
     def __init__(self, plain: nn.Module, num_experts: int):
         super().__init__()
         _check_plain(plain)
-        self.num_experts = _check_count(num_experts)
+        self.num_experts = check_integer('num_experts', num_experts, 2)
         memo = {}  # deepcopy takes these for the copies, so tied tensors stay tied
         for tensor in _tensors(plain).values():
             memo[id(tensor)] = _like(tensor, tensor.detach()[None].repeat(num_experts, *[1] * tensor.ndim))
@@ -298,14 +299,6 @@ def _check_plain(plain: nn.Module) -> None:
         raise ValueError(f'{name} has lazy parameters: run it once before expanding it')
     if next(plain.parameters(), None) is None:
         raise ValueError(f'{name} has no parameters, so it cannot have experts; does the rule name the FFN?')
-
-
-def _check_count(num_experts: int) -> int:
-    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
-        raise TypeError(f'num_experts is an integer, got {num_experts!r}')
-    if num_experts < 2:
-        raise ValueError(f'num_experts must be at least 2, got {num_experts}')
-    return num_experts
 
 
 def _check_choice(key: str, value: str, valid: tuple[str, ...]) -> None:
