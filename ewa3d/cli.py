@@ -155,8 +155,9 @@ def train(args) -> int:
         seed = (read_checkpoint(resumed).get('meta') or {}).get('seed', seed)  # the run goes on as it began
     cfg.randomness = dict(cfg.get('randomness') or {}, seed=0 if seed is None else seed)
 
+    from ewa3d.engine.derive import fill_num_classes
     from ewa3d.engine.runner import Runner
-    from ewa3d.engine.validate import check_config, fill_num_classes
+    from ewa3d.engine.validate import check_config
     check_config(cfg)
     if args.print_config:
         with contextlib.suppress(FileNotFoundError):  # a config can be read where its data are not
@@ -258,7 +259,7 @@ def _check_classes(meta: dict, runner, checkpoint: str) -> None:
 
 
 def _describe_data(cfg: Config, dataset) -> dict:
-    from ewa3d.engine.validate import dataset_cfgs
+    from ewa3d.engine.derive import dataset_cfgs
     inner = dataset_cfgs(cfg.test_dataloader)[-1]
     points, samples = dataset[0]['inputs'].get('points'), len(dataset)
     kind = inner.get('type')

@@ -167,3 +167,40 @@ def test_a_fresh_run_in_a_used_folder_keeps_the_old_metrics_apart(tmp_path):
     assert 'holds an earlier run' in (tmp_path / 'train.log').read_text()
     assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 2
     assert len((tmp_path / 'metrics.previous.jsonl').read_text().splitlines()) == 4
+
+
+def test_nothing_is_lost_where_a_fresh_run_fails_or_stops_before_its_first_checkpoint(tmp_path):
+    train(toy_config(tmp_path, epochs=2))
+    config = (tmp_path / 'config.py').read_text()
+    with pytest.raises(FileNotFoundError, match=r'load_from: .*mising\.pth'):
+        train(toy_config(tmp_path, epochs=1, load_from=str(tmp_path / 'mising.pth')))
+    assert find_last_checkpoint(tmp_path).name == 'epoch_2.pth' and (tmp_path / 'config.py').read_text() == config
+    (tmp_path / 'other.pth').write_bytes(b'no checkpoint')
+    with pytest.raises(ValueError, match=r'other\.pth'):
+        train(toy_config(tmp_path, epochs=1, load_from=str(tmp_path / 'other.pth')))
+    assert find_last_checkpoint(tmp_path).name == 'epoch_2.pth'
+    train(toy_config(tmp_path, epochs=3), stop_after=2, stop_in='after_train_iter')
+    assert '--resume continues the earlier run from' in (tmp_path / 'train.log').read_text()
+    assert find_last_checkpoint(tmp_path).name == 'epoch_2.pth'
+    train({**toy_config(tmp_path, epochs=3), 'resume': True})
+    assert find_last_checkpoint(tmp_path).name == 'epoch_3.pth'
+
+
+def test_checkpoints_without_a_pointer_are_not_overwritten(tmp_path):
+    cfg = toy_config(tmp_path, epochs=2)
+    train(cfg)
+    (tmp_path / 'last_checkpoint').unlink()
+    before = {p.name: p.read_bytes() for p in tmp_path.glob('*.pth')}
+    with pytest.raises(FileNotFoundError, match=r'no last_checkpoint .*--resume \S+epoch_2\.pth'):
+        train({**cfg, 'resume': True})
+    assert {p.name: p.read_bytes() for p in tmp_path.glob('*.pth')} == before
+    train({**toy_config(tmp_path, epochs=3), 'resume': str(tmp_path / 'epoch_2.pth')})
+    assert find_last_checkpoint(tmp_path).name == 'epoch_3.pth'
+
+
+def test_every_set_of_earlier_metrics_is_kept(tmp_path):
+    for epochs in (3, 2, 1):
+        train(toy_config(tmp_path, epochs=epochs))
+    lines = [len((tmp_path / f'metrics.{name}').read_text().splitlines())
+             for name in ('previous.jsonl', 'previous-2.jsonl', 'jsonl')]
+    assert lines == [6, 4, 2]

@@ -9,8 +9,9 @@ from mmengine.config import Config
 from torch.utils.data import DataLoader
 
 from ewa3d.engine.checkpoint import read_checkpoint, write_checkpoint
+from ewa3d.engine.derive import fill_num_classes, selection
 from ewa3d.engine.runner import Runner
-from ewa3d.engine.validate import check_config, fill_num_classes, selection
+from ewa3d.engine.validate import check_config
 
 
 def changed(path: str, value, **options) -> dict:
@@ -160,6 +161,29 @@ def test_the_log_says_what_is_reported(tmp_path):
     assert 'best_OA_epoch_1.pth' in (tmp_path / 'val' / 'train.log').read_text()
 
 
+@pytest.mark.parametrize(('save_best', 'loop', 'texts'), [
+    (['OA', 'mAcc'], {}, ['best_OA_epoch_1.pth, OA ', 'best_mAcc_epoch_1.pth, mAcc ', 'best epoch by OA, mAcc on']),
+    ('OA', dict(val_begin=5), ['reported: no best epoch, because none was validated'])])
+def test_the_report_of_several_best_scores_or_none(tmp_path, save_best, loop, texts):
+    cfg = toy_config(tmp_path, epochs=1)
+    cfg['default_hooks']['checkpoint']['save_best'] = save_best
+    cfg['train_cfg'].update(loop)
+    Runner.from_cfg(cfg).train()
+    log = (tmp_path / 'train.log').read_text()
+    for text in texts:
+        assert text in log
+
+
+def test_the_log_says_what_was_expanded_and_whether_it_is_averaged(tmp_path):
+    for name, hooks in (('with', {}), ('without', dict(ewa=None))):
+        cfg = toy_config(tmp_path / name, ewa=True, epochs=1)
+        cfg['default_hooks'].update(hooks)
+        Runner.from_cfg(cfg).train()
+        log = (tmp_path / name / 'train.log').read_text()
+        assert log.count('params before') == 1 and 'backbone.blocks.0.mlp' in log
+        assert log.count('the run no EWAHook') == (name == 'without')
+
+
 # ---- loading, data loaders, other modes ------------------------------------------------------------------------------
 def test_load_from_takes_weights_only(tmp_path):
     Runner.from_cfg(toy_config(tmp_path / 'a', epochs=1)).train()
@@ -241,6 +265,7 @@ def test_a_run_counted_in_iterations(tmp_path):
     runner.train()
     assert runner.iter == 7 and sorted(p.name for p in tmp_path.glob('*.pth')) == ['iter_3.pth', 'iter_6.pth',
                                                                                   'iter_7.pth']
+    assert 'reported: last iteration (7): OA' in (tmp_path / 'train.log').read_text()
     assert runner.optim_wrapper.param_groups[0]['lr'] < 2e-4  # the schedule spans the iterations
     resumed = Runner.from_cfg({**cfg, 'resume': str(tmp_path / 'iter_6.pth')})
     resumed.train()

@@ -225,9 +225,18 @@ def find_last_checkpoint(work_dir: str | Path) -> Path | None:
 
     The pointer holds a full path, as mmengine writes it; where the folder has moved since, the file of the same name
     beside the pointer is meant.
+
+    Raises:
+        FileNotFoundError: the pointer names a file that is not there, or there are checkpoints without a pointer
+            (starting afresh would overwrite them).
     """
     pointer = Path(work_dir) / 'last_checkpoint'
     if not pointer.is_file():
+        saved = [p for kind in ('epoch', 'iter') for p in Path(work_dir).glob(f'{kind}_*.pth')]
+        if saved:
+            newest = max(saved, key=lambda p: (p.stat().st_mtime, len(p.name), p.name))
+            raise FileNotFoundError(f'{work_dir} has checkpoints and no last_checkpoint that says where to continue; '
+                                    f'the newest is {newest}: give it with --resume {newest}')
         return None
     target = Path(pointer.read_text(encoding='utf-8').strip())
     beside = pointer.parent / target.name

@@ -3,6 +3,7 @@
 Order matters (lower runs first): ``EWAHook`` 40, EMA and timer 50, logger 60, schedulers 70, checkpoint 90. All state
 is a function of the iteration or lives in the checkpoint; hooks own no counters that a resume could lose.
 """
+import itertools
 import json
 import os
 import random
@@ -257,7 +258,8 @@ def _trim_metrics(path: Path, runner) -> None:
     if not path.is_file():
         return
     if runner.iter == 0:
-        os.replace(path, path.with_name('metrics.previous.jsonl'))
+        names = (path.with_name(f'metrics.previous{f"-{i}" if i > 1 else ""}.jsonl') for i in itertools.count(1))
+        os.replace(path, next(name for name in names if not name.exists()))
         return
     kept = []
     for text in path.read_text(encoding='utf-8').splitlines():

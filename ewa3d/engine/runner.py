@@ -22,12 +22,14 @@ from torch.utils.data import DataLoader
 
 import ewa3d
 from ewa3d.engine.checkpoint import find_last_checkpoint, load_any, read_checkpoint, write_checkpoint
+from ewa3d.engine.derive import fill_num_classes, selection
 from ewa3d.engine.environment import describe_environment, init_gloo, versions
 from ewa3d.engine.hooks import unwrapped
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.plain import to_plain
-from ewa3d.engine.validate import check_config, fill_num_classes, selection
+from ewa3d.engine.reporting import log_result, log_start
+from ewa3d.engine.validate import check_config
 from ewa3d.files import atomic_write
 from ewa3d.registry import PARAM_SCHEDULERS, RUNNERS
 
@@ -61,6 +63,8 @@ class Runner(_Runner):
             raise KeyError("the config has no 'work_dir'")
         training = cfg.get('train_cfg') is not None
         check_config(cfg, training)
+        if cfg.get('load_from') and not cfg.get('resume') and not Path(cfg.load_from).is_file():
+            raise FileNotFoundError(f'load_from: there is no checkpoint {cfg.load_from}')
         fill_num_classes(cfg, ('train', 'val', 'test') if training else ('test', 'train', 'val'))
         to_plain(cfg.to_dict(), 'config')  # what cannot be stored is found now, not at the first checkpoint
         return super().from_cfg(cfg)
@@ -202,7 +206,7 @@ class Runner(_Runner):
                 and loop.validation_due() and self.message_hub.get_info('validated_iter') != self.iter)
 
     def train(self) -> nn.Module:
-        self.logger.info(f'selection: {self.selection[1]}')
+        log_start(self)
         try:
             model = super().train()
             if self._val_loop is None and self._test_loop is not None:
@@ -210,12 +214,7 @@ class Runner(_Runner):
                 self.last_metrics = self.test_loop.run()
         finally:
             self._release_workers()
-        if self.selection[0] == 'best':
-            self.logger.info(f'reported: {self.message_hub.get_info("best_ckpt")}, '
-                             f'score {self.message_hub.get_info("best_score"):.2f}')
-        elif self.last_metrics:
-            result = '  '.join(f'{k} {v:.2f}' for k, v in self.last_metrics.items() if 'acc/' not in k)
-            self.logger.info(f'reported: last epoch ({self.epoch}): {result}')
+        log_result(self)
         return model
 
     def test(self) -> dict:
@@ -243,19 +242,18 @@ class Runner(_Runner):
         if path is not None:
             self.resume(str(path))
         else:
-            self._start_afresh()
             if self._load_from is not None:
                 self.load_checkpoint(self._load_from)
+            self._warn_of_earlier_run()
         self._has_loaded = True
 
-    def _start_afresh(self) -> None:
+    def _warn_of_earlier_run(self) -> None:
+        """Its pointer stays until the first checkpoint replaces it: whatever stops this run before, nothing is lost."""
         pointer = Path(self._work_dir) / 'last_checkpoint'
-        if self._train_loop is None or not pointer.exists():
-            return
-        self.logger.warning(f'{self._work_dir} holds an earlier run, which is not continued (--resume would): its '
-                            'checkpoints will be overwritten as this run gets there')
-        if is_main_process():
-            pointer.unlink(missing_ok=True)
+        if self._train_loop is not None and pointer.is_file():
+            self.logger.warning(f'{self._work_dir} holds an earlier run, which is not continued (--resume would): its '
+                                'checkpoints will be overwritten as this run gets there. Until this run has saved its '
+                                f'first one, --resume continues the earlier run from {pointer.read_text().strip()}')
 
     def load_checkpoint(self, filename, map_location='cpu', strict: bool = True, revise_keys=()) -> dict:
         """Read a checkpoint safely and load its weights strictly."""
