@@ -121,6 +121,7 @@ def expand(model: nn.Module, rules: dict | Iterable[dict]) -> Report:
     try:
         for rule in parsed:
             for name, plain in _select(model, rule):
+                _refuse_fused_kernel(model, name, plain)
                 new = _expand(name, plain, rule)
                 _refuse_untied(model, name, plain, new)
                 done.append(_replace(model, plain, new))
@@ -298,6 +299,15 @@ def _refuse_unaccepted(model: nn.Module, name: str, module: nn.Module, rule: _Ru
             raise ValueError(f'{rule.where}: {name!r} {place} a {type(holder).__name__}, which {rule.cls.__name__} '
                              f'does not accept; change or reorder the rules')
         return
+
+
+def _refuse_fused_kernel(model: nn.Module, name: str, plain: nn.Module) -> None:
+    """In eval, torch's own encoder layer hands its children's weights to one kernel instead of calling them."""
+    for parent_name, parent in model.named_modules():
+        if isinstance(parent, nn.TransformerEncoderLayer) and any(child is plain for child in parent.children()):
+            raise ValueError(f'{name} cannot be replaced: {parent_name or "the model"} is a TransformerEncoderLayer, '
+                             f'which reads the weights of its children itself in eval mode. Blocks that call their FFN '
+                             f'as a module can be expanded (ewa3d.layers.block.Block, timm\'s, torchvision\'s)')
 
 
 def _refuse_untied(model: nn.Module, name: str, plain: nn.Module, new: nn.Module) -> None:

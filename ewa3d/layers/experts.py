@@ -4,14 +4,16 @@ Experts Weights Averaging (EWA, arXiv 2308.06093). Every parameter keeps the pla
 expert dimension, so loading a plain checkpoint is "expand the missing dimension" and fusing is a mean.
 """
 import copy
+import functools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ewa3d.checks import check_integer
+from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.partition import Partition, autocast, expert_layer_norm, expert_linear, scale_grad, uniform_partition
+from ewa3d.layers.standin import run_with
 from ewa3d.registry import MODELS, nearest
 from ewa3d.reparam import Reparam
 
@@ -23,7 +25,7 @@ class StackedExperts(Reparam):
 
     ``self._plain`` is a module of the plain class that is not registered: it shares the dictionaries of parameters,
     buffers and children with ``self``. So the state dict has the plain names, ``to()``, ``train()``, ``deepcopy`` and
-    pickling need no care, and ``functional_call(self._plain, one_expert, x)`` runs any forward with any expert.
+    pickling need no care, and :func:`~ewa3d.layers.standin.run_with` runs its forward with any expert's tensors.
     Hooks on modules below the plain one stay with the copies and then run once an expert.
 
     Args:
@@ -54,25 +56,30 @@ class StackedExperts(Reparam):
         """Every parameter whose leading dimension is the experts', tied ones once."""
         return list(self.parameters())
 
-    def mean_state(self) -> dict[str, Tensor]:
-        """The tensors of the mean expert by plain name: what eval mode computes with and :meth:`fuse` returns."""
-        return {name: _mean(tensor) for name, tensor in _tensors(self).items()}
+    def mean_tensors(self) -> dict[int, Tensor]:
+        """The mean expert, what eval mode computes with and :meth:`fuse` returns: ``id`` of a stacked tensor → mean."""
+        return {id(tensor): _mean(tensor) for tensor in _tensors(self).values()}
 
-    def expert_states(self, grad_scale: float = 1.) -> list[dict[str, Tensor]]:
-        """The tensors of each expert by plain name: views into the stacked ones."""
-        slices = {name: (scale_grad(t, grad_scale) if t.requires_grad else t).unbind(0)
-                  for name, t in _tensors(self).items()}
-        return [{name: views[i] for name, views in slices.items()} for i in range(self.num_experts)]
+    def expert_tensors(self, grad_scale: float = 1.) -> list[dict[int, Tensor]]:
+        """Each expert: ``id`` of a stacked tensor → the expert's view into it."""
+        slices = {id(t): (scale_grad(t, grad_scale) if t.requires_grad else t).unbind(0)
+                  for t in _tensors(self).values()}
+        return [{key: views[i] for key, views in slices.items()} for i in range(self.num_experts)]
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """A module of the plain class with the experts' mean: same keys, dtype, device, mode, ``requires_grad``."""
-        memo = {id(tensor): _like(tensor, _mean(tensor)) for tensor in _tensors(self).values()}
+        means, tensors = self.mean_tensors(), _tensors(self).values()
+        memo = {id(tensor): _like(tensor, means[id(tensor)]) for tensor in tensors}
         return copy.deepcopy(self._plain, memo)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs):
         """A plain checkpoint loads into every expert; one with another number of experts is an error."""
+        # Keys of older releases are renamed by the plain class; without tensors that is all that its loader does.
+        empty = object.__new__(type(self._plain))
+        empty.__dict__.update(self._plain.__dict__, _parameters={}, _buffers={})
+        empty._load_from_state_dict(state_dict, prefix, local_metadata, False, [], [], [])
         for name, own in _tensors(self, remove_duplicate=False).items():
             value = state_dict.get(prefix + name)
             if not isinstance(value, Tensor) or value.shape == own.shape:
@@ -93,19 +100,23 @@ class EWAFFN(StackedExperts):
     Every token passes exactly one expert, without a gate, so a training step costs the products of the plain FFN. The
     plain FFN has to treat every token alone. Its common layouts (timm's ``Mlp``, a ``Sequential`` of linears, layer
     norms, activations and dropouts such as torchvision's ``MLPBlock``) take batched products; any other module runs
-    once an expert through ``functional_call``.
+    once an expert, and whether it does treat every token alone is tried once, at the first training step.
 
     Build it with :meth:`expand`. Average the experts after each optimizer step with :func:`ewa3d.attach_ewa`.
 
     Shape:
         - ``(..., C)`` to ``(..., C')`` as the plain FFN: ``(T, C)``, ``(B, L, C)``, ``(B, H, W, C)``.
+
+    Raises:
+        TypeError: in training, an FFN that does not map tokens one by one (channels first, mixing tokens), takes
+            other tensors beside the tokens or returns no tensor.
     """
 
     def __init__(self, plain: nn.Module, num_experts: int, partition: str, grad_scale: float):
         super().__init__(plain, num_experts)
         self.partition = partition
         self.grad_scale = grad_scale
-        self.fast = _known_layout(self._plain)
+        self._tried = False
 
     @classmethod
     def expand(cls, plain: nn.Module, num_experts: int = 4, partition: str = 'batch', init: str = 'copy',
@@ -116,7 +127,8 @@ class EWAFFN(StackedExperts):
             plain: any module that maps tokens one by one, with at least one parameter.
             num_experts: E, at least 2.
             partition: what one random permutation covers: all tokens of the ``'batch'``, the L positions of a sample,
-                ``'shared'`` by the whole batch, or each ``'sample'`` for itself.
+                ``'shared'`` by the whole batch, or each ``'sample'`` for itself. Where E does not divide L, the latter
+                two pad every sample, which costs up to ⌈L/E⌉·E/L of the plain products.
             init: ``'copy'``, or ``'independent'``: experts 1 to E - 1 are drawn anew by the layers' own
                 ``reset_parameters``, scaled to the standard deviation that the plain FFN's tensors have.
             init_noise_std: standard deviation of noise added to trainable parameters; its mean over the experts is
@@ -130,8 +142,7 @@ class EWAFFN(StackedExperts):
         _check_choice('partition', partition, ('batch', 'shared', 'sample'))
         _check_choice('init', init, ('copy', 'independent'))
         _check_choice('expert_grad_scale', expert_grad_scale, ('none', 'E'))
-        if not 0 <= init_noise_std < float('inf'):
-            raise ValueError(f'init_noise_std must be a finite number >= 0, got {init_noise_std!r}')
+        check_number('init_noise_std', init_noise_std, '[0, inf)')
         module = cls(plain, num_experts, partition, float(num_experts) if expert_grad_scale == 'E' else 1.)
         if init == 'independent':
             _init_independent(module, plain)
@@ -139,13 +150,36 @@ class EWAFFN(StackedExperts):
             _add_noise(module, init_noise_std)
         return module
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def fast(self) -> bool:
+        """Whether all experts run at once; looked up each time, since hooks and layers may have been put in."""
+        return _known_layout(self._plain)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        plain_call = not args and not kwargs
         if not self.training:
-            return functional_call(self._plain, self.mean_state(), (x,))
+            if plain_call and self.fast:
+                return self._run_mean(x)
+            return run_with(self._plain, self.mean_tensors(), x, *args, **kwargs)
         parts = uniform_partition(x.shape, self.num_experts, self.partition, x.device)
         tokens = x.reshape(-1, x.shape[-1])
-        y = self._run_batched(tokens, parts) if self.fast else self._run_each(tokens, parts, x.ndim)
+        if plain_call and self.fast:
+            y = self._run_batched(tokens, parts)
+        else:
+            self._try(x, args, kwargs)
+            y = self._run_each(tokens, parts, x.ndim, args, kwargs)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _run_mean(self, x: Tensor) -> Tensor:
+        """A known layout with the mean expert's tensors."""
+        for layer in self._modules.values():
+            if isinstance(layer, (nn.Linear, nn.LayerNorm)):
+                weight, bias = (t if t is None else _mean(t) for t in (layer.weight, layer.bias))
+                x = F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else \
+                    F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+            else:
+                x = layer(x)
+        return x
 
     def _run_batched(self, tokens: Tensor, parts: Partition) -> Tensor:
         """A known layout, all experts at once: ``(T, C)`` to ``(T, C')``."""
@@ -168,24 +202,39 @@ class EWAFFN(StackedExperts):
             return weight, bias
         return tuple(t if t is None else scale_grad(t, self.grad_scale) for t in (weight, bias))
 
-    def _run_each(self, tokens: Tensor, parts: Partition, ndim: int) -> Tensor:
+    def _run_each(self, tokens: Tensor, parts: Partition, ndim: int, args: tuple, kwargs: dict) -> Tensor:
         """Any FFN, one call an expert on exactly its tokens, as ``(1, ..., m, C)`` with as many dimensions as came."""
         parts, counts = parts.without_padding()
         chunks = parts.dispatch_flat(tokens).split(counts)
         outputs = []
-        for state, chunk in zip(self.expert_states(self.grad_scale), chunks):
+        for expert, chunk in zip(self.expert_tensors(self.grad_scale), chunks):
             if len(chunk) or not len(tokens):  # an expert without tokens gets zero gradients: its tensors are stacked
-                y = self._call(state, chunk.reshape(*[1] * (ndim - 2), *chunk.shape))
+                y = run_with(self._plain, expert, _rows(chunk, ndim), *args, **kwargs)
                 outputs.append(y.reshape(len(chunk), y.shape[-1]))
         return parts.collect(torch.cat(outputs))
 
-    def _call(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
-        latest = dict(state)
-        y = functional_call(self._plain, latest, (x,))
-        for name, tensor in latest.items():
-            if tensor is not state[name]:  # a buffer that forward assigned anew, where others update in place
-                state[name].copy_(tensor.detach())
-        return y
+    @torch.no_grad()
+    def _try(self, x: Tensor, args: tuple, kwargs: dict) -> None:
+        """Raise where the plain FFN gives other values for the same tokens in another arrangement."""
+        tokens, name = x.reshape(-1, x.shape[-1]), type(self._plain).__name__
+        if self._tried or len(tokens) < 2 or torch.compiler.is_compiling():
+            return
+        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            raise TypeError(f'{name} takes tensors beside the tokens, which cannot be shared out to experts')
+        run = functools.partial(run_with, self._plain, self.mean_tensors(), training=False)
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):  # an FFN that draws must not draw twice
+            y = run(x, *args, **kwargs)
+            if not isinstance(y, Tensor):
+                raise TypeError(f'{name} returns a {type(y).__name__}; experts need an FFN that returns one tensor')
+            try:
+                flipped = run(_rows(tokens.flip(0), x.ndim), *args, **kwargs).reshape(len(tokens), -1).flip(0)
+                same = _close(flipped, y.reshape(len(tokens), -1)) or not _close(run(x, *args, **kwargs), y)
+            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+                raise TypeError(f'{name} does not take the tokens of {tuple(x.shape)} in another arrangement '
+                                f'{_EXPECTED}: {error}') from error
+        if not same:
+            raise TypeError(f'{name} does not treat every token of {tuple(x.shape)} alone {_EXPECTED}')
+        self._tried = True
 
     def extra_repr(self) -> str:
         return f'{type(self._plain).__name__}, num_experts={self.num_experts}, partition={self.partition!r}'
@@ -196,6 +245,21 @@ def iter_experts(model: nn.Module) -> Iterator[tuple[str, StackedExperts]]:
     for name, module in model.named_modules():
         if isinstance(module, StackedExperts):
             yield name, module
+
+
+_EXPECTED = "(channels first, or tokens mixed?); experts need an FFN from (..., C) to (..., C')"
+
+
+def _close(y: Tensor, other: Tensor) -> bool:
+    """Up to rounding; products in low precision depend on the number of rows."""
+    tolerance = 1e-3 if autocast(y).dtype in (torch.float32, torch.float64) else 5e-2
+    return y.shape == other.shape and torch.allclose(y.float(), other.float(), tolerance,
+                                                     tolerance * float(other.abs().max()), equal_nan=True)
+
+
+def _rows(tokens: Tensor, ndim: int) -> Tensor:
+    """``(m, C)`` as ``(1, ..., m, C)`` with ``ndim`` dimensions."""
+    return tokens.reshape(*[1] * (ndim - 2), *tokens.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,6 +361,8 @@ def _check_plain(plain: nn.Module) -> None:
         raise ValueError(f'{name} already has experts')
     if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in plain.parameters()):
         raise ValueError(f'{name} has lazy parameters: run it once before expanding it')
+    if type(plain).forward is nn.Module.forward:
+        raise ValueError(f'{name} has no forward, so it is no FFN; does the rule name one?')
     if next(plain.parameters(), None) is None:
         raise ValueError(f'{name} has no parameters, so it cannot have experts; does the rule name the FFN?')
 
