@@ -3,7 +3,23 @@ import math
 import operator
 from numbers import Real
 
-__all__ = ['check_integer', 'check_number']
+import numpy as np
+
+__all__ = ['check_integer', 'check_number', 'is_integer', 'is_number']
+
+
+def is_integer(value) -> bool:
+    """Whether ``value`` is an integer, numpy's included; ``bool`` and 3.0 are none."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, (bool, np.bool_))
+
+
+def is_number(value) -> bool:
+    """Whether ``value`` is a real number, numpy's included; ``bool`` is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_integer(name: str, value, least: int) -> int:
@@ -12,12 +28,9 @@ def check_integer(name: str, value, least: int) -> int:
     Raises:
         TypeError: no integer. ValueError: a smaller one.
     """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
+    if not is_integer(value):
         raise TypeError(f'{name} must be an integer, got {value!r}')
+    number = operator.index(value)
     if number < least:
         raise ValueError(f'{name} must be at least {least}, got {number}')
     return number
@@ -29,7 +42,7 @@ def check_number(name: str, value, within: str = '[0, 1]') -> float:
     Raises:
         TypeError: no real number. ValueError: outside the interval.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f'{name} must be a number, got {value!r}')
     low, high = map(float, within[1:-1].split(','))
     number = float(value)

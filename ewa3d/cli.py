@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
@@ -15,6 +16,7 @@ from mmengine.config import Config, DictAction
 __all__ = ['main', 'train', 'test', 'fuse', 'load_config']
 
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
+CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,12 +114,15 @@ def load_config(path: str, options: dict | None = None) -> Config:
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it does not run.
-        KeyError: an option whose first name is in neither the config nor the Runner's keys.
+        KeyError, TypeError: an option whose first name is in neither the config nor the Runner's keys, or that leads
+            through something that has no such part.
     """
     from ewa3d.engine.validate import TOP_LEVEL
     from ewa3d.registry import nearest
     if not Path(path).is_file():
         raise FileNotFoundError(f'config {path} does not exist')
+    if Path(path).suffix not in CONFIG_SUFFIXES:
+        raise ValueError(f'config {path}: a config ends in {", ".join(CONFIG_SUFFIXES)}, got {Path(path).suffix!r}')
     try:
         cfg = Config.fromfile(path)
     except FileNotFoundError as error:
@@ -131,8 +136,44 @@ def load_config(path: str, options: dict | None = None) -> Config:
         first = key.split('.')[0]
         if first not in cfg and first not in TOP_LEVEL:
             raise KeyError(f'--cfg-options {key}: the config has no {first!r}; {nearest(first, {*cfg, *TOP_LEVEL})}')
-    cfg.merge_from_dict(options or {})
+        _check_option(cfg._cfg_dict, key)
+    try:
+        cfg.merge_from_dict(options or {})
+    except Exception as error:  # two options that do not go together, such as a=1 a.b=2
+        raise ValueError(f'--cfg-options {" ".join(options)}: {type(error).__name__}: {error}') from error
     return cfg
+
+
+def _check_option(node, key: str) -> None:
+    """Raise where a dotted key leads through what has no such part; mmengine fails on it, or makes a dict of a list."""
+    parts = key.split('.')
+    for i, part in enumerate(parts):
+        where = '.'.join(parts[:i])
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise KeyError(f'--cfg-options {key}: {where} is a list of {len(node)}; the index of one of them was '
+                               f'expected, got {part!r}')
+            node = node[int(part)]
+        elif isinstance(node, Mapping):
+            if node.get(part) is None:
+                _check_missing_list(key, i)
+            if part not in node:
+                return
+            node = node[part]
+        else:
+            raise TypeError(f'--cfg-options {key}: {where} is {node!r}, of which no part {part!r} can be set; give all '
+                            f'of {where}, or change it in the config')
+
+
+def _check_missing_list(key: str, present: int) -> None:
+    """Raise where what is missing behind part ``present`` of a dotted key would have to be a list."""
+    parts = key.split('.')
+    index = next((i for i in range(present + 1, len(parts)) if parts[i].isdigit()), None)
+    if index is not None:
+        name, rest = '.'.join(parts[:index]), '.'.join(parts[index + 1:])
+        named = f', or give the hook a name: default_hooks.NAME.{rest}=…' if name == 'custom_hooks' and rest else ''
+        raise KeyError(f'--cfg-options {key}: the config has no list {name} of which an entry could be changed; write '
+                       f"{name.replace('.', '=dict(')}=[dict(type='…')]{')' * name.count('.')} into the config{named}")
 
 
 def _prepare(args) -> Config:
@@ -145,7 +186,9 @@ def _prepare(args) -> Config:
 
 def train(args) -> int:
     """Train a model from a config."""
+    from ewa3d.engine.validate import check_config
     cfg = _prepare(args)
+    check_config(cfg)
     if args.amp:
         _use_autocast(cfg)
     resumed = _resolve_resume(cfg, args.resume)
@@ -157,8 +200,6 @@ def train(args) -> int:
 
     from ewa3d.engine.derive import fill_num_classes
     from ewa3d.engine.runner import Runner
-    from ewa3d.engine.validate import check_config
-    check_config(cfg)
     if args.print_config:
         with contextlib.suppress(FileNotFoundError):  # a config can be read where its data are not
             fill_num_classes(cfg)

@@ -37,6 +37,12 @@ class Accuracy(BaseMetric):
         self.num_classes = num_classes
         self.confusion: Tensor | None = None
 
+    @staticmethod
+    def metric_names(classes: Sequence[str] = (), prefix: str | None = None) -> list[str]:
+        """What the metrics are called, for data with these classes."""
+        names = ['OA', 'mAcc', *(f'acc/{name}' for name in classes)]
+        return [f'{prefix}/{name}' for name in names] if prefix else names
+
     @property
     def classes(self) -> list[str] | None:
         return list((self.dataset_meta or {}).get('classes') or []) or None

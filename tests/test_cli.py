@@ -154,6 +154,9 @@ def test_official_weights_are_taken_too(trained, tmp_path):
 def test_mistakes_in_train(trained, tmp_path, capsys):
     plain, work = str(trained / 'plain.py'), ['--work-dir', str(tmp_path / 'w')]
     assert 'nothing.py' in fails(capsys, 'train', 'nothing.py')
+    (tmp_path / 'notes.md').write_text('# none\n')
+    assert "notes.md: a config ends in .py, .yml, .yaml, .json, got '.md'" in fails(capsys, 'train',
+                                                                                   str(tmp_path / 'notes.md'))
     (tmp_path / 'broken.py').write_text('model = dict(\n')
     assert 'broken.py' in fails(capsys, 'train', str(tmp_path / 'broken.py'))
     (tmp_path / 'raising.py').write_text('model = 1 / 0\n')
@@ -191,11 +194,61 @@ def test_mistakes_in_train(trained, tmp_path, capsys):
     ('model.backbone.depth=1.5', 'model.backbone.depth is 1.5; an integer was expected'),
     ('train_dataloader.batch_size=0', 'train_dataloader.batch_size is 0; a positive integer'),
     ('default_hooks.checkpoint.interval=0', 'default_hooks.checkpoint.interval is 0; a positive integer'),
+    ('model=3', 'model is 3; a dict was expected'),
+    ('model.backbone=3', 'model.backbone is 3; a dict or a module was expected'),
+    ('model.expand=3', 'model.expand is 3; a dict or a list was expected'),
+    ('model.expand=EWAFFN', "model.expand is 'EWAFFN'; a dict or a list was expected"),
+    ('model.expand=[EWAFFN]', "model.expand[0] is 'EWAFFN'; a dict was expected"),
+    ('model.expand.x=8', "--cfg-options model.expand.x: model.expand is a list of 1; the index of one of them"),
+    ('model.expand.1.num_experts=8', "--cfg-options model.expand.1.num_experts: model.expand is a list of 1; the"),
+    ('model.type.x=8', "--cfg-options model.type.x: model.type is 'TaskModel', of which no part 'x' can be set"),
+    ('default_hooks=3', 'default_hooks is 3; a dict was expected'),
+    ('default_hooks.ewa=3', 'default_hooks.ewa is 3; a dict was expected'),
+    ('custom_hooks=EMAHook', "custom_hooks is 'EMAHook'; a list was expected"),
+    ('val_evaluator=3', 'val_evaluator is 3; a dict or a list was expected'),
+    ('optim_wrapper=3', 'optim_wrapper is 3; a dict was expected'),
+    ('optim_wrapper.optimizer=Adam', "optim_wrapper.optimizer is 'Adam'; a dict was expected"),
+    ('optim_wrapper.clip_grad=3', 'optim_wrapper.clip_grad is 3; a dict or None was expected'),
+    ('param_scheduler=[3]', 'param_scheduler[0] is 3; a dict was expected'),
+    ('randomness=3', 'randomness is 3; a dict was expected'),
+    ('visualizer=3', 'visualizer is 3; a dict was expected'),
+    ('train_cfg=3', 'train_cfg is 3; a dict was expected'),
+    ('train_dataloader=3', 'train_dataloader is 3; a dict was expected'),
+    ('train_dataloader.dataset=3', 'train_dataloader.dataset is 3; a dict was expected'),
+    ('train_dataloader.dataset.pipeline=3', "train_dataloader.dataset: ToyClouds takes no 'pipeline'"),
+    ('custom_hooks.0.type=EMAHook', "the config has no list custom_hooks of which an entry could be changed; write "
+     "custom_hooks=[dict(type='…')] into the config, or give the hook a name: default_hooks.NAME.type=…"),
+    ('visualizer.vis_backends.0.type=TensorboardVisBackend', 'the config has no list visualizer.vis_backends of which '
+     "an entry could be changed; write visualizer=dict(vis_backends=[dict(type='…')]) into the config"),
     ('model', '--cfg-options model: key=value was expected'),
     ('a.b=[1,2', '--cfg-options a.b=[1,2: the brackets'),
 ])
 def test_wrong_keys_and_values_are_found_before_anything_is_built(trained, capsys, option, expected):
     assert expected in fails(capsys, 'train', str(trained / 'ewa.py'), '--print-config', '--cfg-options', option)
+
+
+def test_a_named_hook_and_two_options_that_do_not_go_together(trained, capsys):
+    assert cli.main(['train', str(trained / 'ewa.py'), '--print-config', '--cfg-options',
+                     'default_hooks.mine.type=EMAHook']) == 0
+    assert "mine=dict(type='EMAHook')" in capsys.readouterr().out
+    assert '--cfg-options load_from load_from.x: ' in fails(
+        capsys, 'train', str(trained / 'ewa.py'), '--print-config', '--cfg-options', 'load_from=a', 'load_from.x=2')
+
+
+def test_what_this_machine_lacks(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('ewa3d.engine.environment.get_device', lambda: 'cpu')
+    monkeypatch.delenv('SLURM_PROCID', raising=False)
+    train = ['train', str(trained / 'plain.py'), '--work-dir', str(tmp_path / 'w')]
+    error = fails(capsys, *train, '--cfg-options', 'optim_wrapper.type=AmpOptimWrapper')
+    assert "'AutocastOptimWrapper'" in error and '--amp' in error and not (tmp_path / 'w').exists()
+    assert 'lacks SLURM_PROCID' in fails(capsys, *train, '--launcher', 'slurm')
+
+
+@pytest.mark.parametrize(('name', 'nearest'), [('OAA', "'OA'"), ('acc/roundd', "'acc/round'")])
+def test_a_metric_that_there_is_not_is_found_before_training(trained, tmp_path, capsys, name, nearest):
+    error = fails(capsys, 'train', str(trained / 'plain.py'), '--work-dir', str(tmp_path / 'w'), '--cfg-options',
+                  f'default_hooks.checkpoint.save_best={name}')
+    assert f'save_best={name!r}' in error and nearest in error and not (tmp_path / 'w').exists()
 
 
 def test_paramwise_keys_of_our_constructor(trained, capsys):

@@ -12,6 +12,8 @@ from ewa3d.engine.checkpoint import read_checkpoint, write_checkpoint
 from ewa3d.engine.derive import fill_num_classes, selection
 from ewa3d.engine.runner import Runner
 from ewa3d.engine.validate import check_config
+from ewa3d.evaluation import Accuracy
+from ewa3d.registry import METRICS
 
 
 def changed(path: str, value, **options) -> dict:
@@ -47,6 +49,8 @@ def changed(path: str, value, **options) -> dict:
     ('default_hooks.ewa.share_rat', 1, ['default_hooks.ewa', "'share_rate'"]),
     ('default_hooks.checkpoint.max_keep_ckpt', 1, ['default_hooks.checkpoint', "'max_keep_ckpts'"]),
     ('custom_hooks', [dict(type='EAMHook')], ['custom_hooks[0]', "'EMAHook'"]),
+    ('train_dataloader.dataset', dict(type='SyntheticShapes', pipeline=3), ['train_dataloader.dataset.pipeline is 3']),
+    ('train_dataloader.dataset', dict(type='SyntheticShapes', pipeline=['Pack']), ["dataset.pipeline[0] is 'Pack'"]),
 ])
 def test_mistakes_are_named_with_their_place(path, value, texts):
     with pytest.raises((KeyError, TypeError)) as error:
@@ -172,6 +176,21 @@ def test_the_report_of_several_best_scores_or_none(tmp_path, save_best, loop, te
     log = (tmp_path / 'train.log').read_text()
     for text in texts:
         assert text in log
+
+
+def test_a_metric_of_ones_own_may_have_any_name(tmp_path, monkeypatch):
+    class Other(Accuracy):
+        def compute_metrics(self, results):
+            return dict(F1=float(results.trace()))
+
+    monkeypatch.setitem(METRICS._module_dict, 'Other', Other)
+    cfg = toy_config(tmp_path, epochs=1, val_evaluator=dict(type='Other'))
+    cfg['default_hooks']['checkpoint'].update(save_best='F1', rule='greater')
+    Runner.from_cfg(cfg).train()
+    assert (tmp_path / 'best_F1_epoch_1.pth').is_file()
+    cfg['default_hooks']['checkpoint']['save_best'] = 'F2'
+    with pytest.raises(KeyError, match="save_best='F2' is no metric of the validation; did you mean 'F1'"):
+        Runner.from_cfg(cfg).train()
 
 
 def test_the_log_says_what_was_expanded_and_whether_it_is_averaged(tmp_path):

@@ -3,8 +3,9 @@ import inspect
 from collections.abc import Mapping
 
 from ewa3d import registry as R
+from ewa3d.registry import nearest
 
-__all__ = ['dataset_cfgs', 'fill_num_classes', 'selection']
+__all__ = ['check_save_best', 'dataset_cfgs', 'fill_num_classes', 'selection']
 
 
 def dataset_cfgs(loader) -> list[Mapping]:
@@ -58,9 +59,7 @@ def selection(cfg: Mapping) -> tuple[str, str]:
     Raises:
         ValueError: ``save_best`` without a validation split, or on the test split.
     """
-    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
-    best = next((h['save_best'] for h in hooks if isinstance(h, Mapping) and h.get('save_best')), None)
-    best = ', '.join(map(str, best)) if isinstance(best, (list, tuple)) else best
+    best = ', '.join(_best_metrics(cfg))
     if cfg.get('val_dataloader') is None:
         if best:
             raise ValueError(f'default_hooks.checkpoint: save_best={best!r} needs a val_dataloader')
@@ -75,3 +74,36 @@ def selection(cfg: Mapping) -> tuple[str, str]:
     if best:
         return 'best', f'the best epoch by {best} on the validation split is kept as best_*.pth'
     return 'last', 'a validation split is watched without save_best: the last epoch is what is reported'
+
+
+def _best_metrics(cfg: Mapping) -> list[str]:
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
+    best = next((h['save_best'] for h in hooks if isinstance(h, Mapping) and h.get('save_best')), [])
+    return list(map(str, best if isinstance(best, (list, tuple)) else [best]))
+
+
+def check_save_best(cfg: Mapping) -> None:
+    """Raise where ``save_best`` is none of the metrics of the validation.
+
+    Asks the classes of the metrics for their ``metric_names``; where one has none, the first evaluation will tell.
+
+    Raises:
+        KeyError: names the metric and the nearest ones that there are.
+    """
+    wanted = [name for name in _best_metrics(cfg) if name != 'auto']
+    metrics = cfg.get('val_evaluator')
+    metrics = metrics['metrics'] if isinstance(metrics, Mapping) and 'metrics' in metrics else metrics
+    if not wanted or metrics is None:
+        return
+    classes = _classes_of(cfg.get('val_dataloader')) if any('acc/' in name for name in wanted) else None
+    known: list[str] = []
+    for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
+        kind = metric.get('type') if isinstance(metric, Mapping) else type(metric)
+        cls = R.METRICS.get(kind) if isinstance(kind, str) else kind
+        if 'metric_names' not in vars(cls):  # not inherited: a subclass may give others
+            return
+        known += cls.metric_names(classes or (), metric.get('prefix') if isinstance(metric, Mapping) else metric.prefix)
+    for name in wanted:
+        if name not in known and (classes or 'acc/' not in name):
+            raise KeyError(f'default_hooks.checkpoint: save_best={name!r} is no metric of the validation; '
+                           f'{nearest(name, known)}')

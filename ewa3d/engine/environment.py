@@ -4,26 +4,44 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from mmengine.device import get_device
 
 import ewa3d
 
-__all__ = ['describe_environment', 'describe_hardware', 'init_gloo', 'versions']
+__all__ = ['check_device', 'check_launcher', 'describe_environment', 'describe_hardware', 'init_gloo', 'versions']
 
 
-def init_gloo(launcher: str) -> None:
-    """A gloo process group from the variables that torchrun or slurm set."""
-    if launcher == 'slurm':
-        for ours, theirs in dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID').items():
-            os.environ.setdefault(ours, os.environ[theirs])
-        os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
-        os.environ.setdefault('MASTER_PORT', '29500')
-    missing = [k for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if k not in os.environ]
+_FROM_SLURM = dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID')
+
+
+def check_launcher(launcher: str) -> None:
+    """Raise ``ValueError`` where the variables that torchrun or slurm set are not there."""
+    needed = dict(slurm=_FROM_SLURM.values(), pytorch=('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'))
+    missing = [name for name in needed.get(launcher, ()) if name not in os.environ]
     if missing:
         raise ValueError(f'launcher {launcher!r}: the environment lacks {", ".join(missing)}; start with torchrun '
                          '(--launcher pytorch) or srun (--launcher slurm)')
+
+
+def check_device(cfg: Mapping) -> None:
+    """Raise ``ValueError`` where the optimizer wrapper needs another device than this machine has."""
+    kind = (cfg.get('optim_wrapper') or {}).get('type')
+    if kind in ('AmpOptimWrapper', 'mmengine.AmpOptimWrapper') and get_device() in ('cpu', 'mps'):
+        raise ValueError("optim_wrapper.type is 'AmpOptimWrapper', which needs a GPU, and there is none; use "
+                         "'AutocastOptimWrapper' (bfloat16 on any device), or 'OptimWrapper' with --amp")
+
+
+def init_gloo(launcher: str) -> None:
+    """A gloo process group from the variables that torchrun or slurm set (see :func:`check_launcher`)."""
+    if launcher == 'slurm':
+        for ours, theirs in _FROM_SLURM.items():
+            os.environ.setdefault(ours, os.environ[theirs])
+        os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
+        os.environ.setdefault('MASTER_PORT', '29500')
     torch.distributed.init_process_group('gloo')
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from ewa3d.engine.averaging import attach_ewa
 from ewa3d.files import atomic_write
-from ewa3d.registry import HOOKS
+from ewa3d.registry import HOOKS, nearest
 
 __all__ = ['EWAHook', 'RNGStateHook', 'DatasetEpochHook', 'MetricsHook', 'CheckpointHook', 'LoggerHook',
            'get_rng_state', 'set_rng_state', 'seed_rank']
@@ -361,6 +361,9 @@ class CheckpointHook(_CheckpointHook):
 
     def _save_best_checkpoint(self, runner, metrics) -> None:
         """As mmengine's, but the previous best is removed only once the new one is complete."""
+        for key in self.key_indicators if self.save_best else ():
+            if key != 'auto' and key not in metrics:
+                raise KeyError(f'save_best={key!r} is no metric of the validation; {nearest(key, metrics)}')
         backend, self.file_backend = self.file_backend, _KeepingBackend()
         try:
             super()._save_best_checkpoint(runner, metrics)

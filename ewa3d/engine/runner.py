@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 import ewa3d
 from ewa3d.engine.checkpoint import find_last_checkpoint, load_any, read_checkpoint, write_checkpoint
-from ewa3d.engine.derive import fill_num_classes, selection
-from ewa3d.engine.environment import describe_environment, init_gloo, versions
+from ewa3d.engine.derive import check_save_best, fill_num_classes, selection
+from ewa3d.engine.environment import check_device, check_launcher, describe_environment, init_gloo, versions
 from ewa3d.engine.hooks import unwrapped
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
@@ -55,17 +55,20 @@ class Runner(_Runner):
             KeyError, TypeError, ValueError: ``cfg`` cannot be right; see :func:`ewa3d.engine.validate.check_config`.
         """
         cfg = copy.deepcopy(cfg) if isinstance(cfg, Config) else Config(copy.deepcopy(dict(cfg)))
+        training = cfg.get('train_cfg') is not None
+        check_config(cfg, training)
         cfg.setdefault('default_scope', 'ewa3d')
-        cfg.setdefault('randomness', dict(seed=0))
+        cfg.randomness = cfg.get('randomness') or dict(seed=0)
         if cfg.randomness.get('seed') is None:
             cfg.randomness.seed = 0
         if cfg.get('work_dir') is None:
             raise KeyError("the config has no 'work_dir'")
-        training = cfg.get('train_cfg') is not None
-        check_config(cfg, training)
         if cfg.get('load_from') and not cfg.get('resume') and not Path(cfg.load_from).is_file():
             raise FileNotFoundError(f'load_from: there is no checkpoint {cfg.load_from}')
         fill_num_classes(cfg, ('train', 'val', 'test') if training else ('test', 'train', 'val'))
+        if training:
+            check_device(cfg)
+            check_save_best(cfg)
         to_plain(cfg.to_dict(), 'config')  # what cannot be stored is found now, not at the first checkpoint
         return super().from_cfg(cfg)
 
@@ -88,8 +91,10 @@ class Runner(_Runner):
 
     def setup_env(self, env_cfg: dict) -> None:
         """As mmengine's, and gloo where there is no GPU (its own set-up calls CUDA in every case)."""
-        if self.distributed and not is_distributed() and not torch.cuda.is_available():
-            init_gloo(self._launcher)
+        if self.distributed and not is_distributed():
+            check_launcher(self._launcher)
+            if not torch.cuda.is_available():
+                init_gloo(self._launcher)
         super().setup_env(dict(env_cfg or {}))
         keep_freed_memory()
 

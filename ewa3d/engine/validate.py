@@ -15,6 +15,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, LogProcesso
 from torch import Tensor, compile, nn
 
 from ewa3d import registry as R
+from ewa3d.checks import is_integer, is_number
 from ewa3d.registry import check_keywords, nearest
 from ewa3d.reparam import RULE_KEYS
 
@@ -29,6 +30,11 @@ TOP_LEVEL = {'model', 'work_dir', 'train_dataloader', 'val_dataloader', 'test_da
 LOADER_KEYS = {'dataset', 'sampler', 'batch_sampler', 'collate_fn', 'worker_init_fn', 'num_batch_per_epoch',
                'disable_subprocess_warning', 'batch_size', 'num_workers', 'pin_memory', 'drop_last', 'timeout',
                'prefetch_factor', 'persistent_workers', 'pin_memory_device', 'in_order', 'multiprocessing_context'}
+# What stands at the top: a dict, or one of a dict and a list.
+KINDS = {**{f'{split}_{part}': (dict,) for split in ('train', 'val', 'test') for part in ('dataloader', 'cfg')},
+         **dict.fromkeys(('model', 'optim_wrapper', 'default_hooks', 'visualizer'), (dict,)),
+         **dict.fromkeys(('val_evaluator', 'test_evaluator', 'param_scheduler'), (dict, list)),
+         'custom_hooks': (list,)}
 # Dictionaries without a type, by dotted path.
 SECTIONS = {'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'),
             'env_cfg.mp_cfg': ('mp_start_method', 'opencv_num_threads'),
@@ -63,6 +69,8 @@ def check_config(cfg: Mapping, training: bool = True) -> None:
         close = difflib.get_close_matches(key, TOP_LEVEL, n=1, cutoff=0.8)
         if key not in TOP_LEVEL and close:
             raise KeyError(f'config key {key!r} is unknown; did you mean {close[0]!r}?')
+    for key, kinds in KINDS.items():
+        _expect(cfg.get(key), key, *kinds)
     for key in needed:
         if cfg.get(key) is None:
             raise KeyError(f'the config has no {key!r}, which {"training" if training else "testing"} needs; it has '
@@ -87,8 +95,17 @@ def check_config(cfg: Mapping, training: bool = True) -> None:
         _check(cfg['visualizer'], R.VISUALIZERS, 'visualizer')
 
 
+def _expect(value, where: str, *kinds: type) -> None:
+    """Raise where plain data are neither of ``kinds`` (dict, list); ``None`` and objects pass."""
+    found = dict if isinstance(value, Mapping) else list if isinstance(value, (list, tuple)) else type(value)
+    if found in kinds or found not in (dict, list, str, bool, int, float):
+        return
+    raise TypeError(f'{where} is {value!r}; {" or ".join(f"a {kind.__name__}" for kind in kinds)} was expected')
+
+
 def _check(cfg, registry, where: str) -> None:
     """Check one ``dict(type=…)``: its type is registered and takes its keywords; numbers are numbers."""
+    _expect(cfg, where, dict)
     if not isinstance(cfg, Mapping):
         return  # an object, or None to switch a default off
     if 'type' not in cfg:
@@ -109,7 +126,8 @@ def _walk(cfg, registry, where: str) -> None:
             _check(cfg, registry, where)
         for key, value in cfg.items():
             if key == 'expand':  # rules: the keywords go to the classmethod `expand`, which checks them
-                for i, rule in enumerate(value or []):
+                _expect(value, f'{where}.expand', dict, list)
+                for i, rule in enumerate([value] if isinstance(value, Mapping) else value or []):
                     _check_rule(rule, f'{where}.expand[{i}]')
             elif key != 'init_cfg':
                 _walk(value, registry, f'{where}.{key}')
@@ -120,6 +138,7 @@ def _walk(cfg, registry, where: str) -> None:
 
 def _check_rule(rule, where: str) -> None:
     """Check a rule of ``expand``; its keywords go to the classmethod ``expand`` of its type."""
+    _expect(rule, where, dict)
     if not isinstance(rule, Mapping) or not {'type', 'at'} <= set(rule):
         raise TypeError(f"{where} must be a dict with 'type' and 'at', got {rule!r}")
     try:
@@ -156,16 +175,16 @@ def _check_ranges(cfg: Mapping, where: str, ranges: Mapping[str, str]) -> None:
         value = cfg.get(key)
         if value is None:
             continue
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole and (value > 0 or (value == -1 and '-1' in expected))):
+        if not (is_integer(value) and (value > 0 or (value == -1 and '-1' in expected))):
             raise ValueError(f'{where}.{key} is {value!r}; {expected} was expected')
 
 
-_NUMBERS = {int: 'an integer', float: 'a number', bool: 'True or False', Tensor: 'a tensor', type(None): 'None'}
+_NAMED = {int: 'an integer', float: 'a number', bool: 'True or False', Tensor: 'a tensor', dict: 'a dict',
+          nn.Module: 'a module', type(None): 'None'}
 
 
 def check_numbers(function: Any, cfg: Mapping, where: str) -> None:
-    """Raise where a parameter that is annotated as a number gets something else.
+    """Raise where a parameter that is annotated as a number, or as a dict, gets something else.
 
     Raises:
         TypeError: names the path, the value and what was expected.
@@ -178,11 +197,11 @@ def check_numbers(function: Any, cfg: Mapping, where: str) -> None:
     for key, value in cfg.items():
         hint = parameters[key].annotation if key in parameters else Any
         kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        if not all(kind in _NUMBERS for kind in kinds) or (value is None and parameters[key].default is None):
+        if not all(kind in _NAMED for kind in kinds) or (value is None and parameters[key].default is None):
             continue
         accepted = (*kinds, *((int,) if {float, bool} & set(kinds) else ()))
         if not isinstance(value, accepted):
-            expected = ' or '.join(_NUMBERS[kind] for kind in kinds)
+            expected = ' or '.join(_NAMED[kind] for kind in kinds)
             raise TypeError(f'{where}.{key} is {value!r}; {expected} was expected')
 
 
@@ -203,7 +222,10 @@ def _check_dataset(cfg, where: str) -> None:
     _check(cfg, R.DATASETS, where)
     if not isinstance(cfg, Mapping):
         return
+    for key in ('pipeline', 'datasets'):
+        _expect(cfg.get(key), f'{where}.{key}', list)
     for i, transform in enumerate(cfg.get('pipeline') or []):
+        _expect(transform, f'{where}.pipeline[{i}]', dict)
         _walk(transform, R.TRANSFORMS, f'{where}.pipeline[{i}]')
     if 'dataset' in cfg:
         _check_dataset(cfg['dataset'], f'{where}.dataset')
@@ -247,6 +269,7 @@ def _check_optimization(cfg: Mapping) -> None:
     schedulers = cfg.get('param_scheduler')
     for i, scheduler in enumerate(schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]):
         where = f'param_scheduler[{i}]' if isinstance(schedulers, (list, tuple)) else 'param_scheduler'
+        _expect(scheduler, where, dict)
         if isinstance(scheduler, Mapping) and 'type' in scheduler:
             _check(scheduler, R.PARAM_SCHEDULERS, where)
 
@@ -255,7 +278,7 @@ def _check_optimizer(cfg, where: str) -> None:
     _check(cfg, R.OPTIMIZERS, where)
     for key in ('lr', 'weight_decay') if isinstance(cfg, Mapping) else ():
         value = cfg.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)) or not value >= 0:
+        if not (is_number(value) or isinstance(value, Tensor)) or not value >= 0:
             raise ValueError(f'{where}.{key} is {value!r}; a number from 0 on was expected')
 
 
@@ -270,6 +293,7 @@ def _check_constructor(wrapper: Mapping) -> None:
     name = wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
     _check(dict(type=name), R.OPTIM_WRAPPER_CONSTRUCTORS, 'optim_wrapper.constructor')
     cls = R.OPTIM_WRAPPER_CONSTRUCTORS.get(name) if isinstance(name, str) else name
+    _expect(wrapper.get('paramwise_cfg'), 'optim_wrapper.paramwise_cfg', dict)
     keys = getattr(cls, 'KEYS', DEFAULT_PARAMWISE if cls is DefaultOptimWrapperConstructor else None)
     if keys is not None and wrapper.get('paramwise_cfg'):
         _check_names(wrapper['paramwise_cfg'], keys, 'optim_wrapper.paramwise_cfg')
