@@ -1,20 +1,14 @@
 """Checks of values that people give: the message names the keyword, the value and what was expected."""
 import math
 import operator
-from numbers import Real
-
-import numpy as np
+from numbers import Integral, Real
 
 __all__ = ['check_integer', 'check_number', 'is_integer', 'is_number']
 
 
 def is_integer(value) -> bool:
     """Whether ``value`` is an integer, numpy's included; ``bool`` and 3.0 are none."""
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, (bool, np.bool_))
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value) -> bool:
@@ -28,9 +22,12 @@ def check_integer(name: str, value, least: int) -> int:
     Raises:
         TypeError: no integer. ValueError: a smaller one.
     """
-    if not is_integer(value):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise TypeError(f'{name} must be an integer, got {value!r}')
-    number = operator.index(value)
     if number < least:
         raise ValueError(f'{name} must be at least {least}, got {number}')
     return number

@@ -107,7 +107,7 @@ def test_the_error_names_the_limit():
 
 @pytest.mark.parametrize('rate', ['0.3', None, True])
 def test_share_rate_is_a_number(rate):
-    with pytest.raises(TypeError, match='share_rate is a number'):
+    with pytest.raises(TypeError, match='share_rate must be a number'):
         average_(torch.randn(4, 3), rate)
 
 

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from ewa3d.checks import check_integer, check_number
+from ewa3d.checks import check_integer, check_number, is_integer, is_number
 
 
 @pytest.mark.parametrize('value', [3, np.int64(3), np.uint8(3)])
@@ -40,3 +40,10 @@ def test_a_number_outside(within, value):
 def test_not_a_number(value):
     with pytest.raises(TypeError, match='rate must be a number, got'):
         check_number('rate', value)
+
+
+def test_kinds_of_numbers():
+    for value, integer, number in ((3, True, True), (np.int64(3), True, True), (3., False, True),
+                                   (np.float32(3), False, True), (True, False, False), (np.bool_(True), False, False),
+                                   ('3', False, False), (np.array([3]), False, False), (3j, False, False)):
+        assert (is_integer(value), is_number(value)) == (integer, number), value

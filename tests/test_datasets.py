@@ -200,9 +200,9 @@ def test_subsets():
             Fruit(indices=bad)
 
 
-@pytest.mark.parametrize('seed', [-1, 1.5, True])
-def test_bad_seeds(seed):
-    with pytest.raises(ValueError, match='seed'):
+@pytest.mark.parametrize(('seed', 'error'), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_bad_seeds(seed, error):
+    with pytest.raises(error, match='Fruit: seed must be'):
         Fruit(seed=seed)
 
 

@@ -90,7 +90,8 @@ def test_points_are_drawn_by_area():
 def test_arguments():
     for kwargs in (dict(num_samples=-1), dict(num_samples=0), dict(num_points=0), dict(num_points=1),
                    dict(split='trian'), dict(data_seed=-1), dict(data_seed=0.5)):
-        with pytest.raises(ValueError, match=next(iter(kwargs))):
+        error = TypeError if kwargs.get('data_seed') == 0.5 else ValueError
+        with pytest.raises(error, match=next(iter(kwargs))):
             SyntheticShapes(**{'num_samples': 5, 'lazy_init': True, **kwargs})
     for key, value in dict(hidden=2, outliers='a', noise=-1, tilt=float('nan'), unevenness=None).items():
         with pytest.raises(ValueError, match=f'{key} must be .* got {value!r}'):

@@ -106,11 +106,27 @@ def test_fps_lengths():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(num=11), 'num=11.*N=10'), (dict(num=0), 'num=0'), (dict(num=3, start=10), 'start=10'),
-    (dict(num=3, start=-1), 'start=-1'), (dict(num=3, start=torch.zeros(3)), 'start')])
+    (dict(num=11), 'num=11.*N=10'), (dict(num=0), 'num must be at least 1, got 0'),
+    (dict(num=3, start=10), 'start=10'), (dict(num=3, start=-1), 'start must be at least 0, got -1'),
+    (dict(num=3, start=torch.zeros(3)), 'start'), (dict(num=3, start=torch.tensor([0, 10])), r'start=\[0, 10\]'),
+    (dict(num=3, start=torch.tensor([-1, 0])), r'start=\[-1, 0\]')])
 def test_fps_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         ops.fps(torch.randn(2, 10, 3), **arguments)
+
+
+def test_numbers_are_integers_and_batches_are_not_empty():
+    points = torch.randn(2, 10, 3)
+    for arguments, message in ((dict(num=2.5), 'fps: num'), (dict(num=2, start=1.), 'fps: start'),
+                               (dict(num=2, start=torch.zeros(2)), 'fps: start must hold')):
+        with pytest.raises(TypeError, match=f'{message}.* integer'):
+            ops.fps(points, **arguments)
+    with pytest.raises(TypeError, match=r'knn: k must be an integer, got 2\.5'):
+        ops.knn(points, points, 2.5)
+    with pytest.raises(ValueError, match='the batch is empty'):
+        ops.fps(points[:0], 2)
+    with pytest.raises(ValueError, match='num=2 points cannot be picked from N=0'):
+        ops.fps(points[:, :0], 2)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])

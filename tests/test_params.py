@@ -94,9 +94,11 @@ def test_frozen_and_tied_parameters():
         param_groups(model.requires_grad_(False), 1., 1.)
 
 
-@pytest.mark.parametrize('mult', [0, -1., float('nan'), float('inf'), '2', True, None])
-def test_wrong_multiplier(mult):
-    with pytest.raises(ValueError, match='expert_lr_mult'):
+@pytest.mark.parametrize(('mult', 'error'), [(0, ValueError), (-1., ValueError), (float('nan'), ValueError),
+                                             (float('inf'), ValueError), ('2', TypeError), (True, TypeError),
+                                             (None, TypeError)])
+def test_wrong_multiplier(mult, error):
+    with pytest.raises(error, match='expert_lr_mult must'):
         param_groups(Model(), 1., 1., expert_lr_mult=mult)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ewa3d.checks import check_integer, is_integer
 from ewa3d.datasets.io import as_cloud, read_cloud
 from ewa3d.registry import DATASETS, TRANSFORMS, nearest
 
@@ -65,11 +66,9 @@ class PointDataset(Dataset):
                  cache_dir: str | Path | None = 'data/.cache', lazy_init: bool = False):
         if self.SPLITS is not None and split not in self.SPLITS:
             raise ValueError(f'{type(self).__name__} has no split {split!r}; {nearest(split, self.SPLITS)}')
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
-            raise ValueError(f'seed must be an integer of at least 0, got {seed!r}')
         self.data_root = None if data_root is None else Path(data_root).expanduser()
         self.split = split
-        self.seed = None if seed is None else int(seed)
+        self.seed = None if seed is None else check_integer(f'{type(self).__name__}: seed', seed, 0)
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pipeline = [build_transform(step) for step in pipeline]
         self._indices = indices
@@ -108,9 +107,7 @@ class PointDataset(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentation of this epoch; workers that are already running see it, too."""
-        if epoch < 0:
-            raise ValueError(f'the epoch must be at least 0, got {epoch}')
-        self._epoch.fill_(int(epoch))
+        self._epoch.fill_(check_integer('the epoch', epoch, 0))
 
     def full_init(self) -> None:
         """Read the list of samples, once."""
@@ -250,7 +247,7 @@ def check_labels(data_list: list[dict], classes: Sequence[str] | None, what: str
         if label is None:
             continue
         name = entry.get('name') or entry.get('path') or i
-        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+        if not is_integer(label):
             raise TypeError(f'{what}: sample {name}: the label must be an integer (the index of its class), '
                             f'got {label!r}')
         if label < 0 or (classes is not None and label >= len(classes)):
@@ -262,10 +259,9 @@ def choose(total: int, indices: int | Sequence[int] | None, what: str) -> Sequen
     """The indices of a subset of ``total`` samples (see :class:`PointDataset`)."""
     if indices is None:
         return range(total)
-    if isinstance(indices, bool) or (not isinstance(indices, (int, np.integer)) and any(
-            isinstance(i, (bool, np.bool_)) for i in indices)):
+    if isinstance(indices, bool) or (not is_integer(indices) and any(isinstance(i, (bool, np.bool_)) for i in indices)):
         raise TypeError(f'{what}: indices are integers, got booleans; np.flatnonzero(mask) turns a mask into them')
-    if isinstance(indices, (int, np.integer)):
+    if is_integer(indices):
         if not 1 <= indices <= total:
             raise ValueError(f'{what}: indices={indices} samples asked for, there are {total}')
         return [i * total // int(indices) for i in range(int(indices))]

@@ -3,9 +3,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from ewa3d.checks import check_integer, is_number
 from ewa3d.datasets.base import PointDataset
 from ewa3d.datasets.solids import Solid
-from ewa3d.datasets.transforms import count, rotation
+from ewa3d.datasets.transforms import rotation
 from ewa3d.registry import DATASETS, nearest
 
 __all__ = ['SyntheticShapes', 'PARTS', 'make_shape']
@@ -226,7 +227,7 @@ def check_shape_cfg(cfg: dict | None) -> dict:
         if key not in LIMITS:
             raise TypeError(f'SyntheticShapes: shape_cfg has no option {key!r}; {nearest(key, LIMITS)}')
         low, high = LIMITS[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value <= high:
+        if not is_number(value) or not low <= value <= high:
             raise ValueError(f'SyntheticShapes: shape_cfg: {key} must be a number from {low} to {high}, got {value!r}')
     return cfg
 
@@ -256,13 +257,10 @@ class SyntheticShapes(PointDataset):
                  data_seed: int = 0, in_memory: bool = True, shape_cfg: dict | None = None, **kwargs):
         if num_samples is None:
             num_samples = 4000 if split == 'train' else 1000
-        self.num_samples = count('SyntheticShapes: num_samples', num_samples)
-        self.num_points = count('SyntheticShapes: num_points', num_points)
-        if self.num_points < 2:
-            raise ValueError(f'SyntheticShapes: num_points must be at least 2 to show a shape, got {num_points}')
-        if isinstance(data_seed, bool) or not isinstance(data_seed, (int, np.integer)) or data_seed < 0:
-            raise ValueError(f'SyntheticShapes: data_seed must be an integer of at least 0, got {data_seed!r}')
-        self.data_seed, self.in_memory, self.shape_cfg = data_seed, in_memory, check_shape_cfg(shape_cfg)
+        self.num_samples = check_integer('SyntheticShapes: num_samples', num_samples, 1)
+        self.num_points = check_integer('SyntheticShapes: num_points', num_points, 2)
+        self.data_seed = check_integer('SyntheticShapes: data_seed', data_seed, 0)
+        self.in_memory, self.shape_cfg = in_memory, check_shape_cfg(shape_cfg)
         super().__init__(split=split, **kwargs)
 
     def load_data_list(self) -> list[dict]:

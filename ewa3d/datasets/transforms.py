@@ -6,11 +6,11 @@ only. Columns of ``points`` beyond xyz are features; where ``results['normals']`
 and what turns or stretches the cloud turns them along.
 """
 from collections.abc import Sequence
-from numbers import Real
 
 import numpy as np
 import torch
 
+from ewa3d.checks import check_integer, check_number, is_number
 from ewa3d.registry import TRANSFORMS
 from ewa3d.structures import Sample
 
@@ -56,34 +56,16 @@ def linear_map(results: dict, matrix: np.ndarray) -> dict:
     return results
 
 
-def number(name: str, value, low: float, high: float = np.inf, low_open: bool = False) -> float:
-    """``value`` as a float within its limits, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name} must be a number, got {value!r}')
-    if not (low < value if low_open else low <= value) or not value <= high or not np.isfinite(value):
-        raise ValueError(f'{name} must lie in {"(" if low_open else "["}{low}, {high}], got {value!r}')
-    return float(value)
-
-
-def span(name: str, value, low: float = -np.inf, low_open: bool = False) -> tuple[float, float]:
-    """``(first, last)`` of a range given as a pair, or ``(-v, v)`` of a number."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        value = (-number(name, value, 0), value)
+def span(name: str, value, within: str = '(-inf, inf)') -> tuple[float, float]:
+    """``(first, last)`` of a range given as a pair, or ``(-v, v)`` of a number; both lie ``within`` an interval."""
+    if is_number(value):
+        value = (-check_number(name, value, '[0, inf)'), value)
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
         raise TypeError(f'{name} must be a pair (low, high), got {value!r}')
-    first, last = (number(name, v, low, low_open=low_open) for v in value)
+    first, last = (check_number(name, v, within) for v in value)
     if first > last:
         raise ValueError(f'{name} must be a pair (low, high) in this order, got {value!r}')
     return first, last
-
-
-def count(name: str, value) -> int:
-    """``value`` as an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f'{name} must be an integer, got {value!r}')
-    if value < 1:
-        raise ValueError(f'{name} must be at least 1, got {value}')
-    return int(value)
 
 
 @TRANSFORMS.register_module()
@@ -127,14 +109,14 @@ class Resample:
 
     def __init__(self, num_points: int, method: str = 'fps', pool: int | None = None, pad: str | None = None,
                  random_start: bool = False):
-        self.num_points = count('Resample: num_points', num_points)
+        self.num_points = check_integer('Resample: num_points', num_points, 1)
         if method not in ('fps', 'random'):
             raise ValueError(f"Resample: method must be 'fps' or 'random', got {method!r}")
         if pad not in (None, 'repeat'):
             raise ValueError(f"Resample: pad must be None or 'repeat', got {pad!r}")
         if pool is not None and method == 'fps':
             raise ValueError("Resample: pool belongs to method='random'")
-        if pool is not None and count('Resample: pool', pool) < num_points:
+        if pool is not None and check_integer('Resample: pool', pool, 1) < num_points:
             raise ValueError(f'Resample: {num_points} points cannot be drawn from a pool of {pool}')
         if random_start and method == 'random' and pool is None:
             raise ValueError("Resample: random_start belongs to farthest point sampling: method='fps', or a pool")
@@ -214,7 +196,7 @@ class RandomScale:
     """Multiply the coordinates by a factor drawn from ``scale``: one an axis, or one for all (``per_axis=False``)."""
 
     def __init__(self, scale: Sequence[float] = (2 / 3, 3 / 2), per_axis: bool = True):
-        self.scale = span('RandomScale: scale', scale, 0, low_open=True)
+        self.scale = span('RandomScale: scale', scale, '(0, inf)')
         self.per_axis = per_axis
 
     def __call__(self, results: dict) -> dict:
@@ -276,8 +258,8 @@ class RandomJitter:
     """Add normal noise of standard deviation ``sigma`` to every coordinate, clipped to ``[-clip, clip]``."""
 
     def __init__(self, sigma: float = 0.01, clip: float = 0.05):
-        self.sigma = number('RandomJitter: sigma', sigma, 0)
-        self.clip = number('RandomJitter: clip', clip, 0, low_open=True)
+        self.sigma = check_number('RandomJitter: sigma', sigma, '[0, inf)')
+        self.clip = check_number('RandomJitter: clip', clip, '(0, inf)')
 
     def __call__(self, results: dict) -> dict:
         points = results['points']
@@ -294,7 +276,7 @@ class RandomDrop:
     """
 
     def __init__(self, max_ratio: float = 0.5):
-        self.max_ratio = number('RandomDrop: max_ratio', max_ratio, 0, 1)
+        self.max_ratio = check_number('RandomDrop: max_ratio', max_ratio, '[0, 1]')
 
     def __call__(self, results: dict) -> dict:
         rng, N = rng_of(results), len(results['points'])

@@ -6,13 +6,12 @@ W_i ← W̄ + c·(W_i − W̄), for all experts at once: one ``lerp_`` towards t
 import logging
 import weakref
 from collections.abc import Callable, Iterable
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ewa3d.checks import check_integer
+from ewa3d.checks import check_integer, is_number
 from ewa3d.engine.schedules import ShareRate
 from ewa3d.layers.experts import StackedExperts, iter_experts
 
@@ -47,8 +46,8 @@ def average_(experts: Tensor | nn.Module | Iterable, share_rate: float) -> None:
 
 def check_share_rate(share_rate: float, num_experts: int) -> None:
     """Raise where ``share_rate`` is not a number in ``[0, (E - 1) / E]``."""
-    if isinstance(share_rate, bool) or not isinstance(share_rate, Real):
-        raise TypeError(f'share_rate is a number, got {share_rate!r}')
+    if not is_number(share_rate):
+        raise TypeError(f'share_rate must be a number, got {share_rate!r}')
     if num_experts < 2:
         raise ValueError(f'averaging needs at least 2 experts in the leading dimension, got {num_experts}')
     limit = largest_share_rate(num_experts)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from mmengine.model import is_model_wrapper
 from torch import nn
 
+from ewa3d.checks import check_number
 from ewa3d.layers.experts import iter_experts
 from ewa3d.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, nearest
 
@@ -40,13 +41,11 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
         Dicts with ``params``, ``name``, ``weight_decay`` (0 where not decayed) and ``lr``.
 
     Raises:
-        ValueError: ``expert_lr_mult`` is not above 0, or needs an ``lr``; a name that matches no parameter and is not
-            one of the defaults; nothing to train.
-        TypeError: ``no_decay`` is one string.
+        ValueError: ``expert_lr_mult`` is not above 0 or infinite, or needs an ``lr``; a name that matches no parameter
+            and is not one of the defaults; nothing to train.
+        TypeError: ``no_decay`` is one string, or ``expert_lr_mult`` no number.
     """
-    if isinstance(expert_lr_mult, bool) or not isinstance(expert_lr_mult, (int, float)) \
-            or not 0 < expert_lr_mult < float('inf'):
-        raise ValueError(f'expert_lr_mult must be a number above 0, got {expert_lr_mult!r}')
+    check_number('expert_lr_mult', expert_lr_mult, '(0, inf)')
     if isinstance(no_decay, str):
         raise TypeError(f'no_decay is a list of names, got the string {no_decay!r}')
     experts = {id(p) for _, module in iter_experts(model) for p in module.expert_parameters()}

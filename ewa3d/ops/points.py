@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ewa3d.checks import check_integer
+
 __all__ = ['fps', 'knn', 'gather', 'check_points']
 
 ORIGIN_RADIUS2 = 1e-3  # the published kernels never pick a point with a squared norm up to this
@@ -60,10 +62,15 @@ def fps(points: Tensor, num: int, start: int | Tensor = 0, skip_origin: bool = F
         - points: ``(B, N, 3)``; returns ``(B, num)`` int64.
 
     Raises:
-        ValueError: fewer points than ``num``, an impossible ``start``, coordinates that are not finite.
+        ValueError: fewer points than ``num``, an impossible ``start``, no cloud, coordinates that are not finite.
+        TypeError: ``num`` or ``start`` is no integer.
     """
     check_points(points)
     B, N, _ = points.shape
+    if not _tracing():
+        num = check_integer('fps: num', num, 1)
+        if not B:
+            raise ValueError('fps: the batch is empty (B=0)')
     if not 1 <= num <= N:
         raise ValueError(f'fps: num={num} points cannot be picked from N={N}')
     if lengths is not None:
@@ -72,14 +79,7 @@ def fps(points: Tensor, num: int, start: int | Tensor = 0, skip_origin: bool = F
             raise ValueError(f'fps: lengths must have the shape ({B},), got {tuple(lengths.shape)}')
         if not _tracing() and (lengths.min() < num or lengths.max() > N):
             raise ValueError(f'fps: lengths must lie between num={num} and N={N}, got {lengths.tolist()}')
-    if isinstance(start, Tensor):
-        if start.shape != (B,):
-            raise ValueError(f'fps: start must be one index or have the shape ({B},), got {tuple(start.shape)}')
-        start = start.to(points.device, torch.int64)
-    elif not 0 <= start < N:
-        raise ValueError(f'fps: start={start} is not an index into N={N} points')
-    else:
-        start = torch.full((B,), start, dtype=torch.int64, device=points.device)
+    start = _starts(start, B, N, points.device)
     with torch.no_grad():
         points = _single(points.detach())
         if skip_origin:
@@ -91,6 +91,21 @@ def fps(points: Tensor, num: int, start: int | Tensor = 0, skip_origin: bool = F
         nearest = points.new_full((B, N), float('inf')).masked_fill_(~taking_part, -float('inf'))
         choose = _fps_op if _compiling() else _fps_functional if _tracing() else _fps
         return choose(points, num, start, nearest)
+
+
+def _starts(start: int | Tensor, B: int, N: int, device: torch.device) -> Tensor:
+    """The index of the first pick in each cloud ``(B,)``; its values are looked at on a CPU only."""
+    if not isinstance(start, Tensor):
+        if check_integer('fps: start', start, 0) >= N:
+            raise ValueError(f'fps: start={start} is not an index into N={N} points')
+        return torch.full((B,), start, dtype=torch.int64, device=device)
+    if start.shape != (B,):
+        raise ValueError(f'fps: start must be one index or have the shape ({B},), got {tuple(start.shape)}')
+    if start.is_floating_point() or start.dtype == torch.bool:
+        raise TypeError(f'fps: start must hold integers, got {start.dtype}')
+    if start.device.type == 'cpu' and not _tracing() and bool(((start < 0) | (start >= N)).any()):
+        raise ValueError(f'fps: start={start.tolist()} are not all indices into N={N} points')
+    return start.to(device, torch.int64)
 
 
 def _fps(points: Tensor, num: int, start: Tensor, nearest: Tensor) -> Tensor:
@@ -164,6 +179,8 @@ def neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
     check_points(query, 'query')
     if query.shape[0] != points.shape[0]:
         raise ValueError(f'knn: {query.shape[0]} sets of queries for {points.shape[0]} clouds')
+    if not _tracing():
+        k = check_integer('knn: k', k, 1)
     if not 1 <= k <= points.shape[1]:
         raise ValueError(f'knn: k={k} neighbours cannot be found among N={points.shape[1]} points')
     with torch.no_grad():
