@@ -306,7 +306,10 @@ def _describe_data(cfg: Config, dataset) -> dict:
     kind = inner.get('type')
     while not hasattr(dataset, 'split') and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset  # wrappers: the split is the data set's own
-    return dict(dataset=f'{kind}{inner.get("variant", "")}', split=getattr(dataset, 'split', inner.get('split')),
+    root = getattr(dataset, 'data_root', None)
+    of_folder = f' {Path(root).resolve().name}' if kind == 'FolderPointCloud' and root else ''
+    return dict(dataset=f'{kind}{inner.get("variant", "")}{of_folder}',
+                split=getattr(dataset, 'split', inner.get('split')),
                 points=None if points is None else int(points.shape[0]), samples=samples)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ewa3d.engine.checkpoint import SUFFIXES, load_model_state, read_checkpoint, select_weights, write_checkpoint
 from ewa3d.engine.plain import to_plain
+from ewa3d.models.weights import num_outputs
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Report, fuse
 
@@ -69,7 +70,7 @@ def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | N
         raise ValueError(f'{out} is the checkpoint itself; give another name, the expanded weights are lost otherwise')
     content = read_checkpoint(checkpoint)
     meta = dict(content.get('meta') or {})
-    cfg = _config_of(meta, config, checkpoint)
+    cfg = _config_of(content, config, checkpoint)
     state, kind = select_weights(content, weights)
 
     expanded = _built(cfg['model'], checkpoint)
@@ -114,7 +115,8 @@ def _fused(expanded: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[nn.Module
     return *results[torch.float32], difference
 
 
-def _config_of(meta: Mapping, config: Mapping | None, checkpoint: Path) -> dict:
+def _config_of(content: Mapping, config: Mapping | None, checkpoint: Path) -> dict:
+    meta = content.get('meta') or {}
     stored = meta.get('cfg')
     if config is not None:
         cfg = to_plain(config.to_dict() if hasattr(config, 'to_dict') else config, 'config')
@@ -122,8 +124,8 @@ def _config_of(meta: Mapping, config: Mapping | None, checkpoint: Path) -> dict:
             raise ValueError(f'the config for {checkpoint} has no model')
         classes = (meta.get('dataset_meta') or {}).get('classes')
         head = cfg['model'].get('head')
-        if isinstance(head, dict) and head.get('num_classes') is None and classes:
-            head['num_classes'] = len(classes)
+        if isinstance(head, dict) and head.get('num_classes') is None:
+            head['num_classes'] = len(classes) if classes else num_outputs(content)
         cfg['model'] = {k: v for k, v in cfg['model'].items() if k != 'pretrained'}
         return cfg
     if not isinstance(stored, Mapping) or not isinstance(stored.get('model'), Mapping):

@@ -80,7 +80,8 @@ class Registry(_Registry):
                 if found is not None:
                     return found
             registry = registry.parent
-        raise KeyError(f'{key!r} is not a registered {self.name}; {nearest(name, self.names())}. '
+        hint = nearest(name, self.names())
+        raise KeyError(f'{key!r} is not a registered {self.name}; {hint}{"" if hint.endswith("?") else "."} '
                        f'New ones are registered with @{self._python_name}.register_module() '
                        f'and imported by `custom_imports` in the config.')
 

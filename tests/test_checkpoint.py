@@ -349,3 +349,10 @@ def test_the_likely_cause_is_the_right_one():
                  error(task_model(num_experts=3), task_model(num_experts=2, num_classes=5))):
         assert 'another config' in text or 'another model' in text
         assert classes not in text and 'experts,' not in text
+
+
+def test_the_reason_of_a_truncated_file_is_whole(tmp_path):
+    whole = write_checkpoint(tmp_path / 'whole.pth', dict(a=torch.ones(5000))).read_bytes()
+    (tmp_path / 'cut.pth').write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=r'\(\w+: PytorchStreamReader failed [^.]*\)$'):
+        read_checkpoint(tmp_path / 'cut.pth')

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_toys import on_cpu, same, toy_config, write_config  # noqa: F401
+from mmengine.config import Config
 
-from ewa3d import cli, fusing
+from ewa3d import build, cli, fusing
 from ewa3d.engine.checkpoint import read_checkpoint, write_checkpoint
-from ewa3d.registry import MODELS
+from ewa3d.registry import DATASETS, MODELS
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -334,6 +336,29 @@ def test_mistakes_in_fuse(trained, tmp_path, capsys):
     torch.save(dict(a=torch.ones(2)), tmp_path / 'plain.pth')
     assert '--config' in fails(capsys, 'fuse', str(tmp_path / 'plain.pth'), str(tmp_path / 'out.pth'))
     assert Path(checkpoint).read_bytes() == before and not (tmp_path / 'out.pth').exists()
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_weights_without_a_config_tell_the_number_of_classes(trained, tmp_path, suffix):
+    content = read_checkpoint(trained / 'run' / 'epoch_1.pth')
+    bare = tmp_path / f'bare.{suffix}'
+    if suffix == 'pth':
+        torch.save(content['state_dict'], bare)
+    else:
+        write_checkpoint(bare, content['state_dict'])
+    out = str(tmp_path / 'out.pth')
+    assert cli.main(['fuse', str(bare), out, '--config', str(trained / 'ewa.py')]) == 0
+    assert build(str(trained / 'plain.py'), out).head.num_classes == 3
+    assert build(str(trained / 'ewa.py'), bare).head.num_classes == 3
+
+
+def test_the_folder_is_part_of_the_data_sets_name(tmp_path):
+    (tmp_path / 'mine' / 'a').mkdir(parents=True)
+    np.savetxt(tmp_path / 'mine' / 'a' / 'x.txt', np.random.rand(8, 3))
+    dataset = dict(type='FolderPointCloud', data_root=str(tmp_path / 'mine'), split=None, cache_dir=None, classes=['a'],
+                   pipeline=[dict(type='Pack')])
+    found = cli._describe_data(Config(dict(test_dataloader=dict(dataset=dataset))), DATASETS.build(dataset))
+    assert found['dataset'] == 'FolderPointCloud mine' and found['samples'] == 1
 
 
 def test_a_difference_is_refused(trained, tmp_path, capsys, monkeypatch):

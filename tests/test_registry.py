@@ -115,3 +115,10 @@ def test_keywords_that_pass_through():
     with pytest.raises(TypeError, match="here: Child takes no 'widht'; did you mean 'width'"):
         check_keywords(Child, dict(widht=2), 'here')
     check_keywords(Open, dict(anything=2))
+
+
+def test_sentences_end_once():
+    for wrong in ('TokenPol', 'Qqqqqq'):
+        with pytest.raises(KeyError) as error:
+            MODELS.get(wrong)
+        assert '?.' not in str(error.value) and ('? New' in str(error.value) or '. New' in str(error.value))

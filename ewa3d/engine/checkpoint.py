@@ -19,6 +19,7 @@ import argparse
 import json
 import pickle
 import re
+import textwrap
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -155,8 +156,9 @@ def _read_safetensors(path: Path) -> dict:
 
 
 def _detail(error: Exception) -> str:
-    """The first line of an error of the reader; never its advice to read the file without protection."""
-    text = (str(error).strip().splitlines() or [''])[0][:200]
+    """The first sentence of an error of the reader; never its advice to read the file without protection."""
+    text = (str(error).strip().splitlines() or [''])[0].partition('. ')[0].rstrip('.')
+    text = textwrap.shorten(text, 200, placeholder=' …')
     return type(error).__name__ if not text or 'weights_only' in text else f'{type(error).__name__}: {text}'
 
 
@@ -332,7 +334,8 @@ def _likely_cause(model: nn.Module, state: dict, own: dict, shapes: list, matche
             return (f'The checkpoint has E={there[key][0]} experts, the model E={here[key][0]}: set '
                     f'num_experts={there[key][0]}.')
         if set(shapes) <= _output_keys(own):
-            return f'The number of classes differs: {there[key][0]} in the checkpoint, {here[key][0]} in the model.'
+            return (f'The number of classes differs: {there[key][0]} in the checkpoint, {here[key][0]} in the model. '
+                    'To train on other classes, model.pretrained=CHECKPOINT loads the backbone and leaves the head.')
     if matched * 2 < len(own):
         return 'It looks like a checkpoint of another model.'
     return 'The model was built with another config.'

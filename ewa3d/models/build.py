@@ -6,6 +6,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ewa3d.models.task import TaskModel
+from ewa3d.models.weights import num_outputs
 from ewa3d.registry import MODELS
 
 __all__ = ['build']
@@ -18,7 +19,7 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
     Args:
         config: path of a config, a ``Config`` or dict with a ``model``, or the model's config itself.
         checkpoint: weights to load, all of them; the model is then in eval mode.
-        num_classes: for the head; else the config's value, else that of the checkpoint's data set.
+        num_classes: for the head; else the config's value, else that of the checkpoint's data set or weights.
 
     Raises:
         FileNotFoundError: no such config or checkpoint.
@@ -52,4 +53,4 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
 
 def _classes_of(checkpoint: Mapping) -> int | None:
     classes = ((checkpoint.get('meta') or {}).get('dataset_meta') or {}).get('classes')
-    return len(classes) if classes else None
+    return len(classes) if classes else num_outputs(checkpoint) if checkpoint else None

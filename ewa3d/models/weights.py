@@ -1,4 +1,5 @@
 """Plain weights from elsewhere: rename tables as data, one loader, one report."""
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ewa3d.registry import nearest
 
-__all__ = ['RENAMES', 'LoadReport', 'load_plain', 'rename']
+__all__ = ['RENAMES', 'LoadReport', 'load_plain', 'num_outputs', 'rename']
 
 _POINT_TRANSFORMER = (
     ('encoder.', 'backbone.tokenizer.encoder.'), ('reduce_dim.', 'backbone.tokenizer.reduce_dim.'),
@@ -106,6 +107,17 @@ def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool = Tr
     if not strict:
         print_log(f'{name}: {report}', logger='current')
     return report
+
+
+def num_outputs(checkpoint: Mapping) -> int | None:
+    """The rows of the head's last layer in a checkpoint of ours or of a known project: how many classes it tells."""
+    state = _state_dict(checkpoint, 'the checkpoint')
+    for weights in (state, *(rename(state, layout) for layout in RENAMES)):
+        layers = [key for key, value in weights.items() if key.startswith('head.') and value.ndim > 1]
+        if layers:  # safetensors sorts names as text: layer 10 before layer 2
+            last = sorted(layers, key=lambda key: [int(number) for number in re.findall(r'\d+', key)])[-1]
+            return int(weights[last].shape[-2])
+    return None
 
 
 def _state_dict(source: str | Path | Mapping, name: str) -> dict[str, Tensor]:
