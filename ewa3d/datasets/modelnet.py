@@ -222,7 +222,7 @@ def read_lines(file: Path) -> list[str]:
     """The lines of a list that are not empty."""
     if not file.is_file():
         raise FileNotFoundError(f'{file}: there is no such list')
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    return [line.strip() for line in file.read_text('utf-8', errors='replace').splitlines() if line.strip()]
 
 
 def read_dat(file: Path) -> tuple[list[np.ndarray], list[int]]:
