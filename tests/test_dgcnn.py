@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ewa3d.layers.dgcnn import DGCNN, EdgeConv, Pointwise
+from ewa3d.layers.block import Pointwise
+from ewa3d.layers.dgcnn import DGCNN, EdgeConv
 from ewa3d.ops import neighbours
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
 
-__all__ = ['Attention', 'Block', 'DropPath', 'LayerScale', 'Mlp', 'attend', 'init_vit']
+__all__ = ['Attention', 'Block', 'DropPath', 'LayerScale', 'Mlp', 'Pointwise', 'attend', 'init_vit']
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
@@ -37,6 +37,20 @@ def init_vit(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+class Pointwise(nn.Linear):
+    """A linear layer that also loads the weight of a 1×1 convolution, which computes the same on rows.
+
+    Shape:
+        - ``(..., in_features)`` to ``(..., out_features)``.
+    """
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        weight = state_dict.get(f'{prefix}weight')
+        if isinstance(weight, Tensor) and weight.ndim > 2 and weight.shape[2:].numel() == 1:
+            state_dict[f'{prefix}weight'] = weight.flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class DropPath(nn.Module):

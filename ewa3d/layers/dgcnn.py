@@ -6,19 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer
+from ewa3d.layers.block import Pointwise
 from ewa3d.ops import gather, patch_max
 
-__all__ = ['DGCNN', 'EdgeConv', 'Pointwise']
-
-
-class Pointwise(nn.Linear):
-    """A linear layer that also loads the weight of a 1×1 convolution, which computes the same."""
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        weight = state_dict.get(f'{prefix}weight')
-        if isinstance(weight, Tensor) and weight.ndim > 2 and weight.shape[2:].numel() == 1:
-            state_dict[f'{prefix}weight'] = weight.flatten(1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+__all__ = ['DGCNN', 'EdgeConv']
 
 
 class _GroupNorm(nn.GroupNorm):

@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer
-from ewa3d.layers.block import init_vit
+from ewa3d.layers.block import Pointwise, init_vit
 from ewa3d.ops import fps, gather, neighbours, patch_max
 from ewa3d.registry import MODELS
 from ewa3d.structures import Tokens
 
-__all__ = ['PatchEncoder', 'PointPatchEmbed']
+__all__ = ['PatchEncoder', 'PointPatchEmbed', 'group_points', 'points_of']
 
 
 class PatchEncoder(nn.Module):
@@ -31,10 +31,10 @@ class PatchEncoder(nn.Module):
         for width in widths:
             check_integer('each of widths', width, 1)
         inner, middle, outer = widths
-        self.first_conv = nn.Sequential(nn.Linear(in_channels, inner), nn.BatchNorm1d(inner), nn.ReLU(inplace=True),
-                                        nn.Linear(inner, middle))
-        self.second_conv = nn.Sequential(nn.Linear(2 * middle, outer), nn.BatchNorm1d(outer), nn.ReLU(inplace=True),
-                                         nn.Linear(outer, out_channels))
+        self.first_conv = nn.Sequential(Pointwise(in_channels, inner), nn.BatchNorm1d(inner), nn.ReLU(inplace=True),
+                                        Pointwise(inner, middle))
+        self.second_conv = nn.Sequential(Pointwise(2 * middle, outer), nn.BatchNorm1d(outer), nn.ReLU(inplace=True),
+                                         Pointwise(outer, out_channels))
 
     def forward(self, patches: Tensor) -> Tensor:
         P, K, C = patches.shape
@@ -50,14 +50,6 @@ class PatchEncoder(nn.Module):
         shared = F.linear(patch_max(x.view(-1, K, x.shape[1])), of_maximum, linear.bias)  # (P, outer)
         x = F.linear(x, of_point).view(-1, K, shared.shape[1]) + shared.unsqueeze(1)
         return x.flatten(0, 1)  # (P K, outer)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Published weights have the trailing dimension of a 1×1 convolution."""
-        for name in ('first_conv.0', 'first_conv.3', 'second_conv.0', 'second_conv.3'):
-            key = f'{prefix}{name}.weight'
-            if key in state_dict and state_dict[key].ndim == 3 and state_dict[key].shape[-1] == 1:
-                state_dict[key] = state_dict[key].squeeze(-1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @MODELS.register_module()
@@ -107,23 +99,49 @@ class PointPatchEmbed(nn.Module):
         """Centres ``(B, G, 3)`` and patches ``(B, G, K, in_channels)`` relative to them."""
         if points.ndim != 3 or points.shape[-1] != self.in_channels:
             raise ValueError(f'points must have the shape (B, N, {self.in_channels}), got {tuple(points.shape)}')
-        if points.shape[1] < max(self.num_groups, self.group_size):
-            raise ValueError(f'{points.shape[1]} points are too few for num_groups={self.num_groups} and '
-                             f'group_size={self.group_size}')
-        xyz = points[..., :3]
-        center = gather(xyz, fps(xyz, self.num_groups, skip_origin=self.skip_origin))
-        patches = gather(points, neighbours(center, xyz, self.group_size))  # (B, G, K, C)
-        offset = F.pad(center, (0, self.in_channels - 3)) if self.in_channels > 3 else center
-        return center, patches - offset.unsqueeze(2)
+        return group_points(points, self.num_groups, self.group_size, self.skip_origin)
 
-    def forward(self, inputs: dict | Tensor) -> Tokens:
-        points = _points(inputs)
-        center, patches = self.group(points)
+    def embed(self, center: Tensor, patches: Tensor) -> Tokens:
+        """Tokens of what :meth:`group` returned, or of a mixture of such."""
         x = self.encoder(patches.flatten(0, 1)).view(*patches.shape[:2], -1)  # (B, G, encoder_dim)
         return Tokens(self.reduce_dim(x), self.pos_embed(center), center, patches[..., :3])
 
+    def forward(self, inputs: dict | Tensor) -> Tokens:
+        return self.embed(*self.group(points_of(inputs)))
 
-def _points(inputs: Mapping | Tensor) -> Tensor:
+
+def group_points(points: Tensor, num_groups: int, group_size: int, skip_origin: bool = False) -> tuple[Tensor, Tensor]:
+    """Centres by farthest point sampling and the nearest points of each, relative to it.
+
+    Args:
+        skip_origin: see :func:`ewa3d.ops.fps`.
+
+    Shape:
+        - points ``(B, N, 3 + F)``; returns centres ``(B, num_groups, 3)`` and patches
+          ``(B, num_groups, group_size, 3 + F)``, whose features are as they were.
+
+    Raises:
+        ValueError: another shape, fewer points than groups or neighbours, coordinates not finite.
+    """
+    if points.ndim != 3 or points.shape[-1] < 3:
+        raise ValueError(f'points must have the shape (B, N, 3 + F), got {tuple(points.shape)}')
+    if points.shape[1] < max(num_groups, group_size):
+        raise ValueError(f'{points.shape[1]} points are too few for num_groups={num_groups} and '
+                         f'group_size={group_size}')
+    xyz = points[..., :3]
+    center = gather(xyz, fps(xyz, num_groups, skip_origin=skip_origin))
+    patches = gather(points, neighbours(center, xyz, group_size))  # (B, G, K, C)
+    features = points.shape[-1] - 3
+    offset = F.pad(center, (0, features)) if features else center
+    return center, patches - offset.unsqueeze(2)
+
+
+def points_of(inputs: Mapping | Tensor) -> Tensor:
+    """The cloud of ``dict(points=...)``, or the tensor itself.
+
+    Raises:
+        KeyError, TypeError: inputs without ``points``, or no tensor.
+    """
     points = inputs
     if isinstance(inputs, Mapping):
         if 'points' not in inputs:
