@@ -2,6 +2,7 @@
 from ewa3d.datasets.base import PointDataset
 from ewa3d.datasets.folder import FolderPointCloud
 from ewa3d.datasets.modelnet import ModelNet
+from ewa3d.datasets.scanobjectnn import ScanObjectNN
 from ewa3d.datasets.shapenet import ShapeNet55
 from ewa3d.datasets.shapes import SyntheticShapes
 from ewa3d.datasets.transforms import (
@@ -16,5 +17,5 @@ from ewa3d.datasets.transforms import (
     UpAxis,
 )
 
-__all__ = ['PointDataset', 'FolderPointCloud', 'ModelNet', 'ShapeNet55', 'SyntheticShapes', 'Normalize', 'Resample',
-           'UpAxis', 'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack']
+__all__ = ['PointDataset', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55', 'SyntheticShapes', 'Normalize',
+           'Resample', 'UpAxis', 'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack']
