@@ -1,5 +1,6 @@
 """Data sets and transforms; importing this package registers them."""
 from ewa3d.datasets.base import PointDataset
+from ewa3d.datasets.fewshot import FewShot
 from ewa3d.datasets.folder import FolderPointCloud
 from ewa3d.datasets.modelnet import ModelNet
 from ewa3d.datasets.scanobjectnn import ScanObjectNN
@@ -17,5 +18,6 @@ from ewa3d.datasets.transforms import (
     UpAxis,
 )
 
-__all__ = ['PointDataset', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55', 'SyntheticShapes', 'Normalize',
-           'Resample', 'UpAxis', 'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack']
+__all__ = ['PointDataset', 'FewShot', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55', 'SyntheticShapes',
+           'Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter',
+           'RandomDrop', 'Pack']

@@ -201,8 +201,9 @@ def _check_dataset(cfg, where: str) -> None:
         return
     for i, transform in enumerate(cfg.get('pipeline') or []):
         _walk(transform, R.TRANSFORMS, f'{where}.pipeline[{i}]')
-    if 'dataset' in cfg:
-        _check_dataset(cfg['dataset'], f'{where}.dataset')
+    for key in ('dataset', 'base'):
+        if cfg.get(key) is not None:
+            _check_dataset(cfg[key], f'{where}.{key}')
     for i, child in enumerate(cfg.get('datasets') or []):
         _check_dataset(child, f'{where}.datasets[{i}]')
 
