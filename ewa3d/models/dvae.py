@@ -52,7 +52,7 @@ class FoldingDecoder(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         B, G, C = x.shape
         x = x.reshape(B * G, C)
-        coarse = self.mlp(x).float().view(B * G, -1, 1, 3)
+        coarse = at_least_single(self.mlp(x)).view(B * G, -1, 1, 3)
         first, *others = self.final_conv
         of_feature, of_grid, of_point = first.weight.split([C, 2, 3], 1)
         y = F.linear(x, of_feature, first.bias).view(B * G, 1, 1, -1) + F.linear(self.grid, of_grid) \
@@ -60,7 +60,7 @@ class FoldingDecoder(nn.Module):
         y = y.flatten(0, 2)
         for layer in others:
             y = layer(y)
-        fine = coarse + y.float().view(B * G, -1, FOLD, 3)
+        fine = coarse + at_least_single(y).view(B * G, -1, FOLD, 3)
         return coarse.view(B, G, -1, 3), fine.view(B, G, -1, 3)
 
 
@@ -135,9 +135,9 @@ class DiscreteVAE(ExpandableModel):
         return neighbours(center, center, self.num_neighbors)
 
     def scores(self, center: Tensor, patches: Tensor, graph: Tensor | None = None) -> Tensor:
-        """Scores of all codes ``(B, G, num_tokens)`` in float32."""
+        """Scores of all codes ``(B, G, num_tokens)``, in single precision where the layers run in half."""
         features = self.encoder(patches.flatten(0, 1)).view(*patches.shape[:2], -1)  # (B, G, encoder_dim)
-        return self.dgcnn_1(features, self.graph(center) if graph is None else graph).float()
+        return at_least_single(self.dgcnn_1(features, self.graph(center) if graph is None else graph))
 
     @torch.no_grad()
     def labels(self, inputs: dict | Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class DiscreteVAE(ExpandableModel):
         graph = self.graph(center)
         features = self.encoder(patches.flatten(0, 1)).view(*patches.shape[:2], -1)
         layers = self.dgcnn_1.features(features, graph)
-        scores = self.dgcnn_1.join(layers).float()
+        scores = at_least_single(self.dgcnn_1.join(layers))
         found = dict(center=center, neighborhood=patches, patch_features=features, logits=scores,
                      token_index=scores.argmax(-1))
         found |= {f'dgcnn_1_layer{i}_max': x[..., ::8].transpose(1, 2) for i, x in enumerate([*layers, scores], 1)}
@@ -243,6 +243,11 @@ class DiscreteVAE(ExpandableModel):
             raise ValueError(f'DiscreteVAE: noise must have the shape (B, G, num_tokens) = {expected}, got '
                              f'{tuple(noise.shape)}')
         return noise.to(center.device)
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """``x`` in float32 where it is in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gumbel_softmax(scores: Tensor, noise: Tensor, temperature: float, hard: bool = False) -> Tensor:
