@@ -1,4 +1,4 @@
-"""The commands ``train``, ``test``, ``fuse`` and ``quickstart``.
+"""The commands ``train``, ``test``, ``fuse``, ``convert`` and ``quickstart``.
 
 ``tools/*.py`` and the console script ``ewa3d`` call :func:`main`.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
-__all__ = ['main', 'train', 'test', 'fuse', 'load_config']
+__all__ = ['main', 'train', 'test', 'fuse', 'convert', 'load_config']
 
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
 
@@ -20,8 +20,8 @@ USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxErro
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
-    0: done. 1: ``fuse`` refuses to write. 2: bad input, told in one line. 3: anything else, with its traceback.
-    130: interrupted.
+    0: done. 1: ``fuse`` or ``convert`` refuses to write. 2: bad input, told in one line. 3: anything else, with its
+    traceback. 130: interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['quickstart']:
@@ -68,7 +68,7 @@ class _Options(DictAction):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('ewa3d', description='Train, evaluate and fuse point transformers.')
-    commands = parser.add_subparsers(required=True, metavar='{train,test,fuse,quickstart}')
+    commands = parser.add_subparsers(required=True, metavar='{train,test,fuse,convert,quickstart}')
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
@@ -102,6 +102,15 @@ def _parser() -> argparse.ArgumentParser:
                                           'by default the config comes from the checkpoint, as data')
     command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default')
     command.set_defaults(command=fuse)
+
+    command = commands.add_parser('convert', parents=[common], help='official Point-MAE and Point-BERT weights to ours')
+    command.add_argument('kind', choices=['point-mae', 'point-bert', 'dvae'], help='point-bert takes its dVAE as well')
+    command.add_argument('source', metavar='SRC')
+    command.add_argument('out', metavar='OUT', help='*.pth or *.safetensors')
+    command.add_argument('--to-official', action='store_true', help='the way back; experts are averaged')
+    command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default',
+                         help='which ones of a run with EMA go --to-official')
+    command.set_defaults(command=convert)
 
     commands.add_parser('quickstart', help='train plain and with EWA on embedded data, fuse, compare', add_help=False)
     return parser
@@ -273,5 +282,13 @@ def fuse(args) -> int:
     from ewa3d.fusing import fuse_checkpoint
     report = fuse_checkpoint(args.checkpoint, args.out, config=args.config and load_config(args.config),
                              weights=args.weights)
+    sys.stdout.write(f'{report}\n')
+    return 0 if report.written else 1
+
+
+def convert(args) -> int:
+    """Rename official weights to ours, or ours to official ones."""
+    from ewa3d.convert import convert_checkpoint
+    report = convert_checkpoint(args.kind, args.source, args.out, args.to_official, args.weights)
     sys.stdout.write(f'{report}\n')
     return 0 if report.written else 1

@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ewa3d.engine.checkpoint import SUFFIXES, load_model_state, read_checkpoint, select_weights, write_checkpoint
+from ewa3d.engine.checkpoint import (
+    check_target,
+    load_model_state,
+    read_checkpoint,
+    select_weights,
+    write_checkpoint,
+)
 from ewa3d.engine.plain import to_plain
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Report, fuse
@@ -60,13 +66,7 @@ def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | N
         ValueError: ``out`` has another suffix or is the checkpoint itself, or the checkpoint has no config or does not
             fit it.
     """
-    checkpoint, out = Path(checkpoint), Path(out)
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f'{out}: the name must end in .pth or .safetensors, got {out.suffix!r}')
-    if out.is_dir():
-        raise ValueError(f'{out} is a folder; the name of a file was expected')
-    if out.resolve() == checkpoint.resolve():
-        raise ValueError(f'{out} is the checkpoint itself; give another name, the expanded weights are lost otherwise')
+    checkpoint, out = Path(checkpoint), check_target(out, checkpoint)
     content = read_checkpoint(checkpoint)
     meta = dict(content.get('meta') or {})
     cfg = _config_of(meta, config, checkpoint)

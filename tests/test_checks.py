@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from ewa3d.checks import check_integer, check_number
+from ewa3d.checks import check_integer, check_number, some
 
 
 @pytest.mark.parametrize('value', [3, np.int64(3), np.uint8(3)])
@@ -40,3 +40,8 @@ def test_a_number_outside(within, value):
 def test_not_a_number(value):
     with pytest.raises(TypeError, match='rate must be a number, got'):
         check_number('rate', value)
+
+
+def test_some_of_many():
+    assert some([]) == 'nothing' and some(['a']) == 'a' and some(range(3), 3) == '0, 1, 2'
+    assert some(dict(a=1, b=2, c=3), 2) == 'a, b, … (3 in all)'

@@ -32,8 +32,8 @@ from ewa3d.engine.plain import checksum, storable, to_plain
 from ewa3d.files import atomic_write
 from ewa3d.layers.experts import iter_experts
 
-__all__ = ['FORMAT_VERSION', 'read_checkpoint', 'write_checkpoint', 'select_weights', 'load_model_state', 'load_any',
-           'find_last_checkpoint']
+__all__ = ['FORMAT_VERSION', 'SUFFIXES', 'check_target', 'read_checkpoint', 'write_checkpoint', 'select_weights',
+           'load_model_state', 'load_any', 'find_last_checkpoint']
 
 FORMAT_VERSION = 1
 SUFFIXES = ('.pth', '.safetensors')
@@ -42,6 +42,22 @@ SUFFIXES = ('.pth', '.safetensors')
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
+def check_target(out: str | Path, source: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
+    """``out`` as a path, if a file made from ``source`` can be written there.
+
+    Raises:
+        ValueError: another suffix, a folder, or ``source`` itself.
+    """
+    out = Path(out)
+    if out.suffix not in suffixes:
+        raise ValueError(f'{out}: the name must end in {" or ".join(suffixes)}, got {out.suffix!r}')
+    if out.is_dir():
+        raise ValueError(f'{out} is a folder; the name of a file was expected')
+    if out.resolve() == Path(source).resolve():
+        raise ValueError(f'{out} is the checkpoint itself, which would be lost; give another name')
+    return out
+
+
 def write_checkpoint(path: str | Path, state_dict: Mapping, meta: Mapping | None = None, **parts) -> Path:
     """Write a checkpoint atomically, with format version and checksum.
 

@@ -14,7 +14,7 @@ from ewa3d.layers.partition import Partition, autocast, expert_layer_norm, exper
 from ewa3d.registry import MODELS, nearest
 from ewa3d.reparam import Reparam
 
-__all__ = ['StackedExperts', 'EWAFFN', 'iter_experts']
+__all__ = ['StackedExperts', 'EWAFFN', 'expert_mean', 'iter_experts']
 
 
 class StackedExperts(Reparam):
@@ -55,7 +55,7 @@ class StackedExperts(Reparam):
 
     def mean_state(self) -> dict[str, Tensor]:
         """The tensors of the mean expert by plain name: what eval mode computes with and :meth:`fuse` returns."""
-        return {name: _mean(tensor) for name, tensor in _tensors(self).items()}
+        return {name: expert_mean(tensor) for name, tensor in _tensors(self).items()}
 
     def expert_states(self, grad_scale: float = 1.) -> list[dict[str, Tensor]]:
         """The tensors of each expert by plain name: views into the stacked ones."""
@@ -66,7 +66,7 @@ class StackedExperts(Reparam):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """A module of the plain class with the experts' mean: same keys, dtype, device, mode, ``requires_grad``."""
-        memo = {id(tensor): _like(tensor, _mean(tensor)) for tensor in _tensors(self).values()}
+        memo = {id(tensor): _like(tensor, expert_mean(tensor)) for tensor in _tensors(self).values()}
         return copy.deepcopy(self._plain, memo)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
@@ -211,7 +211,7 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
-def _mean(stacked: Tensor) -> Tensor:
+def expert_mean(stacked: Tensor) -> Tensor:
     """Mean over the experts, exact where they are equal; integers (counters, indices) are the first expert's."""
     if not (stacked.is_floating_point() or stacked.is_complex()):
         return stacked[0]

@@ -1,0 +1,214 @@
+"""Models around official checkpoints: which model a file is of, and how large, is read from its weights.
+
+An entry of ``_TASKS`` says for one layout what the weights tell (``read``), what they cannot tell (``defaults``, those
+of the official configs) and the config of the model of these sizes.
+"""
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ewa3d.checks import check_integer, some
+from ewa3d.models.weights import LAYOUTS, layouts_of, load_plain, rename, state_dict_of
+from ewa3d.registry import MODELS, nearest
+
+__all__ = ['KINDS', 'WrongModelError', 'check_kind', 'from_official', 'model_config', 'official_layout']
+
+KINDS = {kind: [name for name, layout in LAYOUTS.items() if layout.kind in (kind, *more)]
+         for kind, more in {'point-mae': (), 'point-bert': ('dvae',), 'dvae': ()}.items()}
+_FORMS = {(0, 1, 4, 5, 8): 'mlp', (0, 3): 'mlp_nobn', (0,): 'linear'}
+
+
+class WrongModelError(ValueError):
+    """A file holds the weights of another model than was asked for."""
+
+
+def from_official(kind: str, path: str | Path, **sizes) -> nn.Module:
+    """The model of an official checkpoint, with its weights, in eval mode.
+
+    Task, width, depth, classes and the like are read from the weights. The model samples centres by the rule of the
+    official kernel, takes points as they are given (official pipelines normalise before), and its ``backbone`` is a
+    :class:`~ewa3d.models.backbone.TokenEncoder`, which :func:`ewa3d.expand` works on.
+
+    Args:
+        kind: ``'point-mae'``, ``'point-bert'`` or ``'dvae'`` (Point-BERT's tokenizer).
+        path: a file of the project; nothing in it is executed.
+        **sizes: what weights cannot tell, with the official defaults: ``num_heads=6``, ``num_groups=64``,
+            ``group_size=32``, and for pretraining models ``decoder_num_heads``, ``mask_ratio`` and so on (an unknown
+            name is answered with the valid ones). Sizes that the weights tell may be given to be checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown kind, a file of another model, a size that the weights contradict, heads that do not
+            divide the width, missing or misshapen weights.
+        TypeError: a size that the model has not.
+        NotImplementedError: a part segmentation network.
+    """
+    path = Path(path)
+    check_kind(kind)
+    state = state_dict_of(path, str(path))
+    layout = official_layout(kind, state, str(path))
+    if LAYOUTS[layout].task == 'partseg':
+        raise NotImplementedError(f'{path} is a {LAYOUTS[layout].kind} part segmentation network, which is not '
+                                  'supported yet; its encoder can be loaded into another model with pretrained=')
+    config, _ = model_config(layout, rename(state, layout), str(path), sizes)
+    try:
+        model = MODELS.build(config)
+    except (ValueError, TypeError) as error:  # a size out of range
+        raise type(error)(f'{path}: {error}') from None
+    model.load_report = load_plain(model, state, name=str(path))
+    return model.eval()
+
+
+def check_kind(kind: str) -> None:
+    """Raise ``ValueError`` unless there are official weights of this kind."""
+    if kind not in KINDS:
+        raise ValueError(f'{kind!r} is no kind of official weights; {nearest(kind, KINDS)}')
+
+
+def official_layout(kind: str, state: Mapping[str, Tensor], name: str) -> str:
+    """The layout, one of ``kind``, that the official ``state`` is of.
+
+    Raises:
+        WrongModelError: weights of another kind, of none or of several.
+    """
+    found = layouts_of(state)
+    if len(found) == 1 and found[0] in KINDS[kind]:
+        return found[0]
+    tasks = '; '.join(f'{LAYOUTS[layout].task}: {", ".join(LAYOUTS[layout].marks)}' for layout in KINDS[kind])
+    raise WrongModelError(f'{name} holds {_described(found, state)}, not the official weights of {kind}. Expected keys '
+                          f'beginning with {tasks}; found {some(dict.fromkeys(map(_beginning, state)), 12)}')
+
+
+def _described(found: list[str], state: Mapping) -> str:
+    if found:
+        return ' and '.join(f'{LAYOUTS[layout].kind} {LAYOUTS[layout].task} weights' for layout in found)
+    if layouts_of(state, reverse=True):
+        return 'weights with the names of ewa3d'
+    return 'unknown weights'
+
+
+def _beginning(key: str) -> str:
+    return '.'.join(key.split('.')[:2])
+
+
+def model_config(layout: str, state: Mapping[str, Tensor], name: str, given: Mapping | None = None
+                 ) -> tuple[dict, dict]:
+    """The config of the model that ``state``, with our keys, is of, and the sizes that were read from it.
+
+    Raises:
+        ValueError: weights that a size is read from are missing, a given size contradicts the weights, or heads do not
+            divide the width.
+        TypeError: a given size that the model has not.
+    """
+    task = _TASKS[layout]
+    found = task.read(_Reader(state, layout, name))
+    given = dict(given or {})
+    for key, value in given.items():
+        if key not in found and key not in task.defaults:
+            raise TypeError(f'{name}: the model has no size {key!r}; {nearest(key, {*task.defaults, *found})}')
+        if key in found and value != found[key]:
+            raise ValueError(f'{name}: {key}={value!r} was given, and the weights have {key}={found[key]!r}')
+    sizes = {**task.defaults, **found, **given}
+    for key in [key for key in sizes if key.endswith('num_heads') and sizes[key] is not None]:
+        if sizes['embed_dim'] % check_integer(f'{name}: {key}', sizes[key], 1):
+            raise ValueError(f'{name}: {key}={sizes[key]} does not divide the width of the weights, '
+                             f'{sizes["embed_dim"]}; give the {key} of the config that they were trained with')
+    return task.config(sizes), found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What weights tell
+# ---------------------------------------------------------------------------------------------------------------------
+class _Reader:
+    """Sizes of tensors by our names; its errors have the file's names."""
+
+    def __init__(self, state: Mapping[str, Tensor], layout: str, name: str):
+        self.state, self.layout, self.name = state, layout, name
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.state
+
+    def size(self, key: str, dim: int = 0) -> int:
+        """The size of one dimension of a tensor: 0 is what a layer gives, 1 what it takes."""
+        if key not in self.state:
+            raise ValueError(f'{self.name} lacks {self._there(key)!r}, from which a size is read')
+        shape = self.state[key].shape
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(f'{self.name}: {self._there(key)!r} has the shape {tuple(shape)}, which tells no size')
+        return shape[dim]
+
+    def numbers(self, prefix: str) -> list[int]:
+        """The numbers that follow ``prefix`` in the keys."""
+        found = {match[1] for key in self.state if (match := re.match(rf'{re.escape(prefix)}(\d+)\.', key))}
+        return sorted(map(int, found))
+
+    def depth(self, prefix: str) -> int:
+        """The number of blocks under ``prefix``."""
+        numbers = self.numbers(prefix)
+        if not numbers or numbers != list(range(len(numbers))):
+            raise ValueError(f'{self.name}: blocks 0, 1, 2, … were expected at {self._there(prefix)!r}, found '
+                             f'{some(numbers)}')
+        return len(numbers)
+
+    def _there(self, key: str) -> str:
+        return next(iter(rename({key: Tensor()}, self.layout, reverse=True)), key)
+
+
+def _read_backbone(read: _Reader) -> dict:
+    tokenizer, width = 'backbone.tokenizer.', read.size('backbone.norm.weight')
+    encoder = tokenizer + 'encoder.'
+    return dict(embed_dim=width, depth=read.depth('backbone.blocks.'),
+                mlp_ratio=_ratio(read.size('backbone.blocks.0.mlp.fc1.weight', -2), width),
+                qkv_bias='backbone.blocks.0.attn.qkv.bias' in read, cls_token='backbone.cls_token' in read,
+                in_channels=read.size(f'{encoder}first_conv.0.weight', 1),
+                widths=tuple(read.size(f'{encoder}{layer}.weight') for layer in
+                             ('first_conv.0', 'first_conv.3', 'second_conv.0')),
+                encoder_dim=read.size(f'{encoder}second_conv.3.weight'),
+                reduce_dim=f'{tokenizer}reduce_dim.weight' in read, pos_dim=read.size(f'{tokenizer}pos_embed.0.weight'))
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """What ``int(width * ratio)`` makes ``hidden`` of again."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+def _read_classifier(read: _Reader) -> dict:
+    layers = tuple(read.numbers('head.layers.'))
+    if layers not in _FORMS:
+        raise ValueError(f'{read.name}: a head with the layers {" or ".join(map(str, _FORMS))} was expected, found '
+                         f'{layers}')
+    return dict(_read_backbone(read), form=_FORMS[layers], num_classes=read.size(f'head.layers.{layers[-1]}.weight'),
+                hidden=read.size('head.layers.0.weight'))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of these sizes
+# ---------------------------------------------------------------------------------------------------------------------
+def _backbone(sizes: Mapping) -> dict:
+    tokenizer = {key: sizes[key] for key in ('num_groups', 'group_size', 'in_channels', 'widths', 'pos_dim')}
+    if sizes['reduce_dim']:
+        tokenizer['encoder_dim'] = sizes['encoder_dim']
+    blocks = {key: sizes[key] for key in ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'qkv_bias', 'cls_token')}
+    return dict(type='TokenEncoder', tokenizer=dict(type='PointPatchEmbed', skip_origin=True, **tokenizer), **blocks)
+
+
+def _classifier(sizes: Mapping) -> dict:
+    return dict(type='TaskModel', backbone=_backbone(sizes), neck=dict(type='TokenPool', mode='cls+max'),
+                head=dict(type='ClsHead', **{key: sizes[key] for key in ('num_classes', 'form', 'hidden')}))
+
+
+class _Task(NamedTuple):
+    read: Callable[[_Reader], dict]
+    defaults: dict
+    config: Callable[[Mapping], dict]
+
+
+_GROUPS = dict(num_heads=6, num_groups=64, group_size=32)
+_CLASSIFIER = _Task(_read_classifier, _GROUPS, _classifier)
+_PARTS = _Task(_read_backbone, _GROUPS, lambda sizes: dict(type='TaskModel', backbone=_backbone(sizes)))
+_TASKS = {'point_mae': _CLASSIFIER, 'point_bert': _CLASSIFIER, 'point_mae_partseg': _PARTS,
+          'point_bert_partseg': _PARTS}
