@@ -126,7 +126,8 @@ def _compare(report: ConvertReport, layout: str, state: dict[str, Tensor]) -> di
     Raises:
         ValueError: a tensor's shape is not that which the file's other tensors ask for.
     """
-    config, report.sizes = model_config(layout, state, str(report.source), dict(num_heads=1))
+    heads = {} if LAYOUTS[layout].task == 'dvae' else dict(num_heads=1)  # of any number: there are no weights in it
+    config, report.sizes = model_config(layout, state, str(report.source), heads)
     report.what = f'{LAYOUTS[layout].kind} {LAYOUTS[layout].task}'
     own = MODELS.build(config).state_dict()
     if LAYOUTS[layout].task == 'partseg':

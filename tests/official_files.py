@@ -1,8 +1,10 @@
 """State dicts with the names and shapes of the published projects, of any size, and a naive forward of a classifier."""
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
-__all__ = ['classifier', 'linear', 'logits', 'pretrain', 'vit']
+__all__ = ['classifier', 'dvae', 'linear', 'logits', 'pretrain', 'vit']
 
 
 def linear(prefix: str, inputs: int, outputs: int, *ones: int, bias: bool = True) -> dict:
@@ -68,6 +70,23 @@ def pretrain(width=36, depth=2, decoder_depth=1, group_size=6) -> dict:
             **linear('decoder_pos_embed.0', 3, 128), **linear('decoder_pos_embed.2', 128, width),
             **blocks('MAE_decoder.blocks', width, decoder_depth), **norm('MAE_decoder.norm', width),
             **linear('increase_dim.0', width, 3 * group_size, 1)}
+
+
+def dvae(prefix: str = '', group_size=8, encoder=16, tokens=20, token=12, decoder=16) -> dict:
+    """Point-BERT's tokenizer."""
+    state = {**pointnet(f'{prefix}encoder', encoder), f'{prefix}codebook': torch.randn(tokens, token)}
+    for name, inputs, outputs in (('dgcnn_1', encoder, tokens), ('dgcnn_2', token, decoder)):
+        at, widths = f'{prefix}{name}', (128, 256, 512, 512, 1024)
+        state.update(linear(f'{at}.input_trans', inputs, 128, 1))
+        for i, (a, b) in enumerate(pairwise(widths), 1):
+            state.update({**linear(f'{at}.layer{i}.0', 2 * a, b, 1, 1, bias=False), **norm(f'{at}.layer{i}.1', b)})
+        state.update({**linear(f'{at}.layer5.0', sum(widths[1:]), outputs, 1, bias=False),
+                      **norm(f'{at}.layer5.1', outputs)})
+    mlp, final = f'{prefix}decoder.mlp', f'{prefix}decoder.final_conv'
+    return {**state, **linear(f'{mlp}.0', decoder, 1024), **linear(f'{mlp}.2', 1024, 1024),
+            **linear(f'{mlp}.4', 1024, 3 * group_size // 4), **linear(f'{final}.0', decoder + 5, 512, 1),
+            **norm(f'{final}.1', 512, True), **linear(f'{final}.3', 512, 512, 1), **norm(f'{final}.4', 512, True),
+            **linear(f'{final}.6', 512, 3, 1)}
 
 
 # ---- a naive forward -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from official_files import blocks, classifier, linear, logits, pretrain, vit
+from official_files import blocks, classifier, dvae, linear, logits, pretrain, vit
 from torch import nn
 
 import ewa3d
@@ -46,6 +46,21 @@ def test_classifier_fixtures(reference, name, kind):
         torch.testing.assert_close(x, expected[f'block_{i}'], **TOLERANCE)
     ewa3d.expand(model, [dict(type='EWAFFN', at='backbone.blocks.*.mlp', num_experts=2)])
     torch.testing.assert_close(model(points), expected['logits'], **TOLERANCE)
+
+
+def test_dvae_fixture(reference):
+    ref = reference('pointbert_dvae')
+    model = ewa3d.from_official('dvae', ref.path / 'checkpoint.pth', num_groups=16,
+                                temperature=float(ref.inputs['temperature']))
+    assert not model.training and (model.num_tokens, model.group_size) == (64, 8)
+    with torch.no_grad():
+        found = model(dict(points=ref.inputs['points']), noise=ref.inputs['gumbel_noise'])
+    for name, value in ref.expected.items():
+        if name == 'neighborhood':
+            continue  # in any order
+        torch.testing.assert_close(found[name], value, **TOLERANCE, msg=lambda text, name=name: f'{name}: {text}')
+    same = ewa3d.from_official('point-bert', ref.path / 'checkpoint.pth', num_groups=16)  # the project has it too
+    assert torch.equal(same(ref.inputs['points'])['logits'], found['logits'])
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -103,6 +118,21 @@ def test_given_sizes_are_checked(official):
     for sizes in (dict(num_heads=0), dict(num_groups=0)):
         with pytest.raises(ValueError, match=r'ckpt\.pth: .*must be at least 1'):
             ewa3d.from_official('point-mae', path, **sizes)
+
+
+def test_dvae_of_other_sizes(official):
+    torch.manual_seed(5)
+    state = dvae(group_size=12, encoder=20, tokens=24, token=16, decoder=8)
+    path = official(state, prefix='module.')
+    model = ewa3d.from_official('dvae', path, num_groups=6)
+    assert (model.group_size, model.num_tokens, model.codebook.shape[1]) == (12, 24, 16)
+    assert model(torch.randn(2, 40, 3))['fine'].shape == (2, 6, 12, 3)
+    with pytest.raises(ValueError, match='group_size=32 was given, and the weights have group_size=12'):
+        ewa3d.from_official('dvae', path, group_size=32)
+    with pytest.raises(TypeError, match=r"no size 'num_heads'.*num_groups"):
+        ewa3d.from_official('dvae', path, num_heads=6)
+    with pytest.raises(ValueError, match=r'decoder\.mlp\.4\.weight gives 10 numbers'):
+        ewa3d.from_official('dvae', official({**state, 'decoder.mlp.4.weight': torch.ones(10, 1024)}))
 
 
 # ---- files that are something else -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, some
+from ewa3d.models.dvae import FOLD
 from ewa3d.models.weights import LAYOUTS, layouts_of, load_plain, rename, state_dict_of
 from ewa3d.registry import MODELS, nearest
 
@@ -157,6 +158,10 @@ class _Reader:
         return next(iter(rename({key: Tensor()}, self.layout, reverse=True)), key)
 
 
+def _widths(read: _Reader, encoder: str) -> tuple[int, ...]:
+    return tuple(read.size(f'{encoder}{layer}.weight') for layer in ('first_conv.0', 'first_conv.3', 'second_conv.0'))
+
+
 def _read_backbone(read: _Reader) -> dict:
     tokenizer, width = 'backbone.tokenizer.', read.size('backbone.norm.weight')
     encoder = tokenizer + 'encoder.'
@@ -164,9 +169,7 @@ def _read_backbone(read: _Reader) -> dict:
                 mlp_ratio=_ratio(read.size('backbone.blocks.0.mlp.fc1.weight', -2), width),
                 qkv_bias='backbone.blocks.0.attn.qkv.bias' in read, cls_token='backbone.cls_token' in read,
                 in_channels=read.size(f'{encoder}first_conv.0.weight', 1),
-                widths=tuple(read.size(f'{encoder}{layer}.weight') for layer in
-                             ('first_conv.0', 'first_conv.3', 'second_conv.0')),
-                encoder_dim=read.size(f'{encoder}second_conv.3.weight'),
+                widths=_widths(read, encoder), encoder_dim=read.size(f'{encoder}second_conv.3.weight'),
                 reduce_dim=f'{tokenizer}reduce_dim.weight' in read, pos_dim=read.size(f'{tokenizer}pos_embed.0.weight'))
 
 
@@ -183,6 +186,24 @@ def _read_classifier(read: _Reader) -> dict:
                          f'{layers}')
     return dict(_read_backbone(read), form=_FORMS[layers], num_classes=read.size(f'head.layers.{layers[-1]}.weight'),
                 hidden=read.size('head.layers.0.weight'))
+
+
+def _read_dvae(read: _Reader, at: str = '') -> dict:
+    layers = ('input_trans', *(f'layer{i}.0' for i in range(1, 5)))
+    return dict(group_size=_points(read, f'{at}decoder.mlp.4.weight') * FOLD,
+                encoder_dim=read.size(f'{at}encoder.second_conv.3.weight'), num_tokens=read.size(f'{at}codebook'),
+                token_dim=read.size(f'{at}codebook', 1), decoder_dim=read.size(f'{at}dgcnn_2.layer5.0.weight'),
+                encoder_widths=_widths(read, f'{at}encoder.'),
+                graph_widths=tuple(read.size(f'{at}dgcnn_1.{layer}.weight') for layer in layers),
+                decoder_widths=(read.size(f'{at}decoder.mlp.0.weight'), read.size(f'{at}decoder.final_conv.0.weight')))
+
+
+def _points(read: _Reader, key: str) -> int:
+    """How many points a layer gives, three coordinates each."""
+    rows = read.size(key)
+    if rows % 3:
+        raise ValueError(f'{read.name}: {key} gives {rows} numbers, which are no points of three coordinates')
+    return rows // 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,4 +232,6 @@ _GROUPS = dict(num_heads=6, num_groups=64, group_size=32)
 _CLASSIFIER = _Task(_read_classifier, _GROUPS, _classifier)
 _PARTS = _Task(_read_backbone, _GROUPS, lambda sizes: dict(type='TaskModel', backbone=_backbone(sizes)))
 _TASKS = {'point_mae': _CLASSIFIER, 'point_bert': _CLASSIFIER, 'point_mae_partseg': _PARTS,
-          'point_bert_partseg': _PARTS}
+          'point_bert_partseg': _PARTS,
+          'dvae': _Task(_read_dvae, dict(num_groups=64, temperature=1.),
+                        lambda sizes: dict(type='DiscreteVAE', skip_origin=True, **sizes))}
