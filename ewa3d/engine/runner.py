@@ -187,7 +187,7 @@ class Runner(_Runner):
         if not options:
             return
         model = unwrapped(self.model)
-        name = getattr(model, 'compiled', 'forward')
+        name = getattr(model, 'compiled', 'extract' if hasattr(model, 'extract') else 'forward')
         eager = getattr(model, name)
         compiled = torch.compile(eager, **({} if options is True else options))
         setattr(model, name, lambda *args, **kwargs: (compiled if model.training else eager)(*args, **kwargs))
