@@ -18,7 +18,8 @@ from ewa3d.registry import MODELS
 __all__ = ['ConvertReport', 'convert_checkpoint']
 
 # The constants of the official code; files of other sizes need the same change there.
-_FIXED = dict(widths=(128, 256, 512), pos_dim=128, mlp_ratio=4., qkv_bias=False, in_channels=3, hidden=256)
+_FIXED = dict(widths=(128, 256, 512), pos_dim=128, mlp_ratio=4., qkv_bias=False, in_channels=3, hidden=256,
+              encoder_widths=(128, 256, 512), graph_widths=(128, 256, 512, 512, 1024), decoder_widths=(1024, 512))
 _FORMS = {'point_mae': 'mlp', 'point_bert': 'mlp_nobn'}
 # What the official models compute and weights do not show: where our config says something else, the file would lie.
 _FUNCTION = {'backbone.pos': 'every', 'backbone.norm_eps': 1e-5, 'neck.mode': 'cls+max'}

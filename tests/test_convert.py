@@ -20,7 +20,7 @@ from ewa3d.models.weights import LAYOUTS
 REPO = Path(__file__).resolve().parents[1]
 FIXTURES = [('point-mae', 'pointmae_cls', 'classifier'), ('point-mae', 'pointmae_partseg', 'partseg'),
             ('dvae', 'pointbert_dvae', 'dvae'), ('point-bert', 'pointbert_cls', 'classifier'),
-            ('point-bert', 'pointbert_partseg', 'partseg')]
+            ('point-bert', 'pointbert_partseg', 'partseg'), ('point-bert', 'pointbert_mpm', 'pretrain')]
 
 
 @pytest.fixture

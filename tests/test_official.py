@@ -63,6 +63,21 @@ def test_dvae_fixture(reference):
     assert torch.equal(same(ref.inputs['points'])['logits'], found['logits'])
 
 
+def test_point_bert_pretraining_fixture(reference):
+    ref = reference('pointbert_mpm')
+    model = ewa3d.from_official('point-bert', ref.path / 'checkpoint.pth', num_heads=3, num_groups=16, m=0.9)
+    assert not model.training and model.key_momentum == 0.9 and model.queue.shape == (24, 32)
+    draws = {name: ref.inputs[name] for name in ('mask_mixed', 'mask_k', 'mixup_ratio', 'mixup_uniform')}
+    with torch.no_grad():
+        found = model(dict(points=ref.inputs['points']), mask=ref.inputs['mask_q'], **draws)
+    for name, value in ref.expected.items():
+        if name in found:
+            torch.testing.assert_close(found[name], value, **TOLERANCE, msg=lambda text, name=name: f'{name}: {text}')
+    assert {name for name in ref.expected if '/' not in name} <= found.keys()
+    with pytest.raises(ValueError, match='group_size=32 was given, and the weights have group_size=8'):
+        ewa3d.from_official('point-bert', ref.path / 'checkpoint.pth', num_heads=3, group_size=32)
+
+
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('kind, sizes', [
     ('point-mae', dict(width=36, depth=2, classes=7)), ('point-mae', dict(width=20, depth=1, classes=40, hidden=50)),
@@ -108,8 +123,8 @@ def test_given_sizes_are_checked(official):
     with pytest.raises(ValueError, match=r'depth=12 was given, and the weights have depth=2'):
         ewa3d.from_official('point-mae', path, depth=12)
     assert ewa3d.from_official('point-mae', path, depth=2, widths=(128, 256, 512)).head.num_classes == 7
-    with pytest.raises(TypeError, match=r"no size 'num_group'; did you mean 'num_groups'"):
-        ewa3d.from_official('point-mae', path, num_group=16)
+    with pytest.raises(TypeError, match=r"no size 'num_grups'; did you mean 'num_groups'"):
+        ewa3d.from_official('point-mae', path, num_grups=16)
     with pytest.raises(TypeError, match=r"no size 'zzz'; valid names: .*group_size.*num_heads"):
         ewa3d.from_official('point-mae', path, zzz=1)
     for sizes in (dict(num_heads='many'), dict(num_heads=2.), dict(group_size='x')):
@@ -133,6 +148,13 @@ def test_dvae_of_other_sizes(official):
         ewa3d.from_official('dvae', path, num_heads=6)
     with pytest.raises(ValueError, match=r'decoder\.mlp\.4\.weight gives 10 numbers'):
         ewa3d.from_official('dvae', official({**state, 'decoder.mlp.4.weight': torch.ones(10, 1024)}))
+
+
+def test_the_names_of_official_configs_will_do(official):
+    model = ewa3d.from_official('point-mae', official(classifier(width=36)), trans_dim=36, cls_dim=7, num_group=5)
+    assert model.backbone.tokenizer.num_groups == 5
+    with pytest.raises(ValueError, match='num_classes=8 was given, and the weights have num_classes=7'):
+        ewa3d.from_official('point-mae', official(classifier(width=36)), cls_dim=8)
 
 
 # ---- files that are something else -----------------------------------------------------------------------------------
@@ -280,8 +302,9 @@ def bert_config(**options):
     return cfg
 
 
-def bert_pretrain(width=36, depth=2):
-    state = {}
+def bert_pretrain(width=36, depth=2, codes=64):
+    state = {'queue': torch.randn(16, 10), 'queue_ptr': torch.tensor([3]),
+             **dvae('dvae.', encoder=20, tokens=codes, group_size=12)}
     for name in ('transformer_q.', 'transformer_k.'):
         state.update({**vit(name, width, depth, 20), f'{name}mask_token': torch.randn(1, 1, width),
                       **linear(f'{name}lm_head', width, 64), **linear(f'{name}cls_head.0', width, 16),
@@ -307,6 +330,14 @@ def test_point_bert_pretraining_goes_into_a_classifier(official):
     assert all(key.startswith('head.') for key in report.missing)
     assert torch.equal(model.backbone.cls_token, state['transformer_q.cls_token'])
     assert torch.equal(model.backbone.tokenizer.reduce_dim.weight, state['transformer_q.reduce_dim.weight'])
+
+
+def test_a_dvae_of_another_vocabulary_than_the_labels(official):
+    with pytest.raises(ValueError, match='the lm_head tells 64 codes apart, and the dvae has 32'):
+        ewa3d.from_official('point-bert', official(bert_pretrain(codes=32)))
+    model = ewa3d.from_official('point-bert', official(bert_pretrain(width=30)), num_heads=5)
+    assert model.cls_head[0].out_features == 16 and model.backbone.tokenizer.group_size == 12
+    assert model.mask_ratio == (0.25, 0.45) and model.key_momentum == 0.999
 
 
 def test_a_head_of_another_form_is_left_alone_as_a_whole(official):

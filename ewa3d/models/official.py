@@ -22,6 +22,12 @@ KINDS = {kind: [name for name, layout in LAYOUTS.items() if layout.kind in (kind
 _FORMS = {(0, 1, 4, 5, 8): 'mlp', (0, 3): 'mlp_nobn', (0,): 'linear'}
 
 
+# What the official configs call our sizes.
+_OFFICIAL_NAMES = dict(num_group='num_groups', trans_dim='embed_dim', encoder_dims='encoder_dim', cls_dim='num_classes',
+                       tokens_dims='token_dim', decoder_dims='decoder_dim', m='key_momentum', T='temperature',
+                       K='queue_size')
+
+
 class WrongModelError(ValueError):
     """A file holds the weights of another model than was asked for."""
 
@@ -37,8 +43,9 @@ def from_official(kind: str, path: str | Path, **sizes) -> nn.Module:
         kind: ``'point-mae'``, ``'point-bert'`` or ``'dvae'`` (Point-BERT's tokenizer).
         path: a file of the project; nothing in it is executed.
         **sizes: what weights cannot tell, with the official defaults: ``num_heads=6``, ``num_groups=64``,
-            ``group_size=32``, and for pretraining models ``decoder_num_heads``, ``mask_ratio`` and so on (an unknown
-            name is answered with the valid ones). Sizes that the weights tell may be given to be checked.
+            ``group_size=32``, and for pretraining models ``mask_ratio``, ``key_momentum`` and so on (an unknown name is
+            answered with the valid ones). The names of the official configs will do as well. Sizes that the weights
+            tell may be given to be checked.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -106,10 +113,11 @@ def model_config(layout: str, state: Mapping[str, Tensor], name: str, given: Map
     """
     task = _TASKS[layout]
     found = task.read(_Reader(state, layout, name))
-    given = dict(given or {})
+    known = {*task.defaults, *found}
+    given = {key if key in known else _OFFICIAL_NAMES.get(key, key): value for key, value in (given or {}).items()}
     for key, value in given.items():
-        if key not in found and key not in task.defaults:
-            raise TypeError(f'{name}: the model has no size {key!r}; {nearest(key, {*task.defaults, *found})}')
+        if key not in known:
+            raise TypeError(f'{name}: the model has no size {key!r}; {nearest(key, known)}')
         if key in found and value != found[key]:
             raise ValueError(f'{name}: {key}={value!r} was given, and the weights have {key}={found[key]!r}')
     sizes = {**task.defaults, **found, **given}
@@ -198,6 +206,16 @@ def _read_dvae(read: _Reader, at: str = '') -> dict:
                 decoder_widths=(read.size(f'{at}decoder.mlp.0.weight'), read.size(f'{at}decoder.final_conv.0.weight')))
 
 
+def _read_bert_pretrain(read: _Reader) -> dict:
+    backbone, dvae = _read_backbone(read), _read_dvae(read, 'dvae.')
+    labels = read.size('lm_head.weight')
+    if labels != dvae['num_tokens']:
+        raise ValueError(f'{read.name}: the lm_head tells {labels} codes apart, and the dvae has '
+                         f'{dvae["num_tokens"]}')
+    return {**dvae, **backbone, 'dvae_encoder_dim': dvae['encoder_dim'], 'cls_dim': read.size('cls_head.0.weight'),
+            'queue_size': read.size('queue', 1)}
+
+
 def _points(read: _Reader, key: str) -> int:
     """How many points a layer gives, three coordinates each."""
     rows = read.size(key)
@@ -222,6 +240,18 @@ def _classifier(sizes: Mapping) -> dict:
                 head=dict(type='ClsHead', **{key: sizes[key] for key in ('num_classes', 'form', 'hidden')}))
 
 
+def _dvae(sizes: Mapping) -> dict:
+    names = ('num_groups', 'group_size', 'encoder_dim', 'num_tokens', 'token_dim', 'decoder_dim', 'encoder_widths',
+             'graph_widths', 'decoder_widths')
+    return dict(type='DiscreteVAE', skip_origin=True, **{key: sizes[key] for key in names})
+
+
+def _bert_pretrain(sizes: Mapping) -> dict:
+    own = {key: sizes[key] for key in ('cls_dim', 'mask_ratio', 'temperature', 'key_momentum', 'queue_size')}
+    return dict(type='MaskedTokenModel', backbone=_backbone(sizes), init_encoder=False, **own,
+                dvae=_dvae({**sizes, 'encoder_dim': sizes['dvae_encoder_dim']}))
+
+
 class _Task(NamedTuple):
     read: Callable[[_Reader], dict]
     defaults: dict
@@ -233,5 +263,8 @@ _CLASSIFIER = _Task(_read_classifier, _GROUPS, _classifier)
 _PARTS = _Task(_read_backbone, _GROUPS, lambda sizes: dict(type='TaskModel', backbone=_backbone(sizes)))
 _TASKS = {'point_mae': _CLASSIFIER, 'point_bert': _CLASSIFIER, 'point_mae_partseg': _PARTS,
           'point_bert_partseg': _PARTS,
+          'point_bert_pretrain': _Task(_read_bert_pretrain, dict(
+              num_heads=6, num_groups=64, mask_ratio=(0.25, 0.45), temperature=0.07, key_momentum=0.999),
+              _bert_pretrain),
           'dvae': _Task(_read_dvae, dict(num_groups=64, temperature=1.),
-                        lambda sizes: dict(type='DiscreteVAE', skip_origin=True, **sizes))}
+                        lambda sizes: dict(_dvae(sizes), temperature=sizes['temperature']))}
