@@ -14,6 +14,7 @@ from mmengine.config import Config, DictAction
 
 __all__ = ['main', 'train', 'test', 'fuse', 'convert', 'load_config']
 
+EVALUATING = ('LoggerHook', 'LinearSVMHook', 'VotingHook')  # hooks that a test keeps
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
 
 
@@ -93,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('checkpoint')
     command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default',
                          help="of a run with EMA; default: the averaged ones, which its 'state_dict' holds")
+    command.add_argument('--vote', type=int, nargs='?', const=10, metavar='TIMES',
+                         help='report beside the plain numbers those of logits averaged over so many (10) passes, each '
+                              "drawn and augmented by the config's vote_pipeline, or else as in training")
     command.set_defaults(command=test)
 
     command = commands.add_parser('fuse', parents=[common], help='write the plain weights of a checkpoint')
@@ -232,11 +236,13 @@ def test(args) -> int:
     checkpoint = read_checkpoint(args.checkpoint)
     weights, kind = select_weights(checkpoint, args.weights)
     meta = checkpoint.get('meta') or {}
+    keep = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if v and v.get('type') in EVALUATING}
+    if args.vote is not None:
+        keep['vote'] = dict(type='VotingHook', times=args.vote, pipeline=_vote_pipeline(cfg))
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
         cfg[key] = None
     cfg.resume = False
-    keep = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if v and v.get('type') == 'LoggerHook'}
     cfg.default_hooks, cfg.custom_hooks = keep, None
     try:
         runner = Runner.from_cfg(cfg)
@@ -254,6 +260,15 @@ def test(args) -> int:
     finally:
         _leave_group()
     return 0
+
+
+def _vote_pipeline(cfg: Config) -> list:
+    from ewa3d.engine.validate import dataset_cfgs
+    training = dataset_cfgs(cfg.get('train_dataloader'))
+    pipeline = cfg.get('vote_pipeline') or (training[-1].get('pipeline') if training else None)
+    if not pipeline:
+        raise ValueError('--vote: the config has neither a vote_pipeline nor a pipeline of its training data')
+    return pipeline
 
 
 def _check_classes(meta: dict, runner, checkpoint: str) -> None:
