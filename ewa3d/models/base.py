@@ -1,11 +1,12 @@
 """What every model shares: one order of construction, behind mmengine's calls."""
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from ewa3d.models.weights import load_plain
+from ewa3d.models.weights import load_plain, stacked_keys, state_dict_of
 from ewa3d.registry import MODELS, nearest
 
 __all__ = ['ExpandableModel', 'build_module', 'check_mode', 'inputs_of']
@@ -36,21 +37,35 @@ class ExpandableModel(BaseModel):
         Args:
             pretrained: path of plain weights, or keywords of :func:`ewa3d.models.weights.load_plain` with ``source``.
                 A path alone loads what fits of the backbone, and a head only where it fits. The report is kept as
-                ``load_report``.
+                ``load_report``. Stacked experts are loaded after expanding, and go on as they were.
             expand: rules for :func:`ewa3d.expand`; the report is kept as ``expand_report``.
         """
-        if pretrained:
-            options = dict(source=pretrained, strict=False, skip_head='mismatched') \
-                if isinstance(pretrained, str) else dict(pretrained)
+        options = _load_options(pretrained)
+        experts = bool(options and expand and stacked_keys(options['source'], self.state_dict()))
+        if options and not experts:
             self.load_report = load_plain(self, **options)
         if expand:
             from ewa3d.reparam import expand as expand_modules
             self.expand_report = expand_modules(self, expand)
+        if experts:
+            self.load_report = load_plain(self, **options)
         self._is_init = True
 
     def init_weights(self) -> None:
         """Nothing: constructors initialise. mmengine calls this before training, when weights may be loaded already
         (and would call the ``init_weights`` of every part, timm's models among them)."""
+
+
+def _load_options(pretrained: str | dict | None) -> dict | None:
+    """Keywords of ``load_plain``, with the tensors in place of the file."""
+    if not pretrained:
+        return None
+    options = dict(source=pretrained, strict=False, skip_head='mismatched') if isinstance(pretrained, str) \
+        else dict(pretrained)
+    if isinstance(options['source'], (str, Path)):
+        options.setdefault('name', str(options['source']))
+    options['source'] = state_dict_of(options['source'], options.get('name') or 'the given weights')
+    return options
 
 
 def build_module(cfg: dict | nn.Module | None, **derived) -> nn.Module | None:

@@ -15,14 +15,12 @@ from ewa3d.layers.tokenizers import points_of
 from ewa3d.models.base import ExpandableModel, build_module, check_mode
 from ewa3d.models.contrast import enqueue, gather_keys, mixed_contrast, moco_contrast, plain_parameters
 from ewa3d.models.dvae import at_least_single, code_usage, count_codes
-from ewa3d.models.masking import block_mask, random_mask
+from ewa3d.models.masking import mask_function
 from ewa3d.ops import gather
 from ewa3d.registry import MODELS, nearest
 from ewa3d.structures import Sample
 
 __all__ = ['Draws', 'KeyNetwork', 'MaskedTokenModel']
-
-MASKS = dict(block=block_mask, random=random_mask)
 
 
 class Draws(NamedTuple):
@@ -84,7 +82,7 @@ class MaskedTokenModel(ExpandableModel):
             it out. Its ``pretrained`` is loaded strictly.
         cls_dim: width of the contrasted features.
         mask_ratio: share of a cloud's patches, one number or the ``(low, high)`` of a uniform distribution.
-        mask_type: ``'block'``, the patches nearest to a random one, or ``'random'``.
+        mask_type: ``'block'``, the patches nearest to a random one, or ``'rand'``.
         contrast: with the mixed contrast.
         moco: with a contrast of the real clouds as well.
         temperature: of both contrasts.
@@ -112,13 +110,12 @@ class MaskedTokenModel(ExpandableModel):
                  init_encoder: bool = True, expand: Sequence[dict] | None = None, pretrained: str | dict | None = None,
                  data_preprocessor: dict | nn.Module | None = None):
         super().__init__(data_preprocessor)
-        if mask_type not in MASKS:
-            raise ValueError(f'MaskedTokenModel: mask_type={mask_type!r}; {nearest(mask_type, MASKS)}')
-        self.mask_type, self.mask_ratio = mask_type, mask_ratio
+        self.make_mask = mask_function(mask_type)
         self.contrast, self.moco = contrast, moco
         self.temperature = check_number('MaskedTokenModel: temperature', temperature, '(0, inf)')
         self.key_momentum = check_number('MaskedTokenModel: key_momentum', key_momentum)
         self.backbone = _checked_backbone(build_module(backbone))
+        self.mask_ratio = _checked_ratio(mask_ratio, self.backbone.tokenizer.num_groups)
         self.dvae, has_weights = _build_dvae(dvae, self.backbone.tokenizer)
         width, cls_dim = self.backbone.embed_dim, check_integer('MaskedTokenModel: cls_dim', cls_dim, 1)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
@@ -131,11 +128,11 @@ class MaskedTokenModel(ExpandableModel):
         self.register_buffer('queue', F.normalize(torch.randn(cls_dim, queue_size), dim=0))
         self.register_buffer('queue_ptr', torch.zeros(1, dtype=torch.int64))
         self.momentum = KeyNetwork(self)
-        self.finish(pretrained)
+        self.finish(pretrained, expand)
+        query = self.query_parameters()  # an expansion that the key network cannot follow is found now
         if pretrained and not any(key.startswith('momentum.') for key in self.load_report.matched):
-            self.momentum = KeyNetwork(self)
-        self.finish(expand=expand)
-        self.query_parameters()  # an expansion that the key network cannot follow is found now
+            own = {**self.state_dict(), **query}
+            self.momentum.load_state_dict({name: own[name] for name in self.momentum.state_dict()})
 
     def train(self, mode: bool = True):
         """As usual, but for the tokenizer, which stays in eval mode."""
@@ -178,9 +175,11 @@ class MaskedTokenModel(ExpandableModel):
             if name not in found:
                 found[name] = torch.rand(shape, device=center.device)
         mixed = _mix(center, found['mixup_ratio'], found['mixup_uniform'])
+        low, high = self.mask_ratio
         for name, coord in (('mask', center), ('mask_mixed', mixed), ('mask_k', center)):
             if name not in found:
-                found[name] = MASKS[self.mask_type](coord, self.mask_ratio)
+                ratio = low + (high - low) * torch.rand(B, dtype=torch.float64, device=center.device)
+                found[name] = self.make_mask(coord, ratio)
         return Draws(**found)
 
     def query_parameters(self) -> dict[str, Tensor]:
@@ -226,19 +225,20 @@ class MaskedTokenModel(ExpandableModel):
         if mode == 'predict':
             return self.predict(center, patches, drawn.mask, data_samples)
         if mode == 'loss':
-            count = None if any(given.get(name) is not None for name in ('mask', 'mask_mixed')) else self._most_masked()
-            return self.loss(center, patches, drawn, count)
+            masks_given = given['mask'] is not None or given.get('mask_mixed') is not None
+            most = None if masks_given else int(self.mask_ratio[1] * center.shape[1])
+            return self.loss(center, patches, drawn, most)
         return self.stages(points_of(inputs), center, patches, drawn)
 
-    def loss(self, center: Tensor, patches: Tensor, drawn: Draws, count: int | None = None) -> dict[str, Tensor]:
+    def loss(self, center: Tensor, patches: Tensor, drawn: Draws, most: int | None = None) -> dict[str, Tensor]:
         """One step: losses and statistics; in training, the key network and the queue move.
 
         Args:
-            count: an upper bound of the number of masked patches of a cloud.
+            most: an upper bound of the number of masked patches of a cloud.
         """
         labels = self.scores(center, patches).argmax(-1)
         x = self.features(center, patches, drawn)
-        losses = self._token_losses(x[:, 1:], _with_mixed(labels, drawn), _masks(drawn), count)
+        losses = self._token_losses(x[:, 1:], _with_mixed(labels, drawn), _masks(drawn), most)
         if self.contrast or self.moco:
             keys = self.keys(center, patches, drawn.mask_k, move=self.training)
             losses.update(self._contrast_losses(self.cls_head(x[:, 0]), keys, drawn.mixup_ratio))
@@ -247,11 +247,11 @@ class MaskedTokenModel(ExpandableModel):
         used, perplexity = code_usage(count_codes(labels, self.dvae.num_tokens))
         return dict(losses, codes_used=used, code_perplexity=perplexity)
 
-    def _token_losses(self, x: Tensor, labels: Tensor, mask: Tensor, count: int | None) -> dict[str, Tensor]:
+    def _token_losses(self, x: Tensor, labels: Tensor, mask: Tensor, most: int | None) -> dict[str, Tensor]:
         """Cross entropy at masked patches; the masked ones of a cloud come first and the rest, which is there because
         clouds have different numbers of them, is ignored. Nothing waits for the device."""
-        order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-        scores = at_least_single(self.lm_head(gather(x, order)))  # (2 B, count, num_tokens)
+        order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        scores = at_least_single(self.lm_head(gather(x, order)))  # (2 B, most, num_tokens)
         labels = labels.masked_fill(~mask, -100).gather(1, order)
         real, mixed = (F.cross_entropy(s.flatten(0, 1), t.flatten()) for s, t in zip(scores.chunk(2), labels.chunk(2)))
         hits = (scores.detach().argmax(-1) == labels).sum() / (labels >= 0).sum()
@@ -272,10 +272,6 @@ class MaskedTokenModel(ExpandableModel):
 
     def _unit(self, x: Tensor) -> Tensor:
         return F.normalize(x.to(self.queue.dtype), dim=1)
-
-    def _most_masked(self) -> int:
-        high = self.mask_ratio[-1] if isinstance(self.mask_ratio, Sequence) else self.mask_ratio
-        return min(int(high * self.backbone.tokenizer.num_groups) + 1, self.backbone.tokenizer.num_groups)
 
     @torch.no_grad()
     def predict(self, center: Tensor, patches: Tensor, mask: Tensor,
@@ -352,6 +348,16 @@ def _checked_backbone(backbone: nn.Module) -> nn.Module:
         raise ValueError('MaskedTokenModel: a backbone whose tokenizer groups points was expected (PointPatchEmbed), '
                          f'got {type(tokenizer).__name__}, which gives no patches to label')
     return backbone
+
+
+def _checked_ratio(ratio: float | Sequence[float], num_groups: int) -> tuple[float, float]:
+    low, high = ratio if isinstance(ratio, Sequence) and len(ratio) == 2 else (ratio, ratio)
+    for value in (low, high):
+        check_number('MaskedTokenModel: mask_ratio', value, '(0, 1)')
+    if low > high or int(low * num_groups) < 1:
+        raise ValueError(f'MaskedTokenModel: mask_ratio is a share or a range (low, high) of shares that mask at least '
+                         f'one of num_groups={num_groups} patches, got {ratio!r}')
+    return float(low), float(high)
 
 
 def _build_dvae(cfg: dict | nn.Module, tokenizer: nn.Module) -> tuple[nn.Module, bool]:

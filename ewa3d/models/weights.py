@@ -11,7 +11,7 @@ from ewa3d.checks import some
 from ewa3d.registry import nearest
 
 __all__ = ['LAYOUTS', 'Layout', 'LoadReport', 'is_pretraining', 'layouts_of', 'load_plain', 'rename', 'squeezed',
-           'state_dict_of']
+           'stacked_keys', 'state_dict_of']
 
 
 class Layout(NamedTuple):
@@ -234,10 +234,15 @@ def _without_head(state: dict, own: dict, skip_head: bool | str, name: str) -> t
     return state, []
 
 
+def stacked_keys(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """The keys of ``state`` that are stacked experts where the model, of the tensors ``own``, is plain: plain names
+    and one leading dimension."""
+    return [key for key, value in state.items() if key in own and value.ndim == own[key].ndim + 1
+            and value.shape[1:] == own[key].shape and value.shape[0] > 1]
+
+
 def _refuse_expanded(state: dict, own: dict, name: str) -> None:
-    """Stacked experts have the plain names and one leading dimension."""
-    stacked = [key for key, value in state.items() if key in own and value.ndim == own[key].ndim + 1
-               and value.shape[1:] == own[key].shape and value.shape[0] > 1]
+    stacked = stacked_keys(state, own)
     if stacked:
         raise ValueError(f'{name} is of an expanded model, and this one is plain: {stacked[0]} is '
                          f'{tuple(state[stacked[0]].shape)} there and {tuple(own[stacked[0]].shape)} here. '
