@@ -1,6 +1,7 @@
 """Tokenizers turn raw input into :class:`~ewa3d.structures.Tokens`."""
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +22,8 @@ class PatchEncoder(nn.Module):
     and used in two halves, so that the half for the maximum is computed once a patch instead of once a point.
 
     Shape:
-        - ``(P, K, in_channels)`` to ``(P, out_channels)``, for ``P`` patches of ``K`` points.
+        - ``(P, K, in_channels)`` to ``(P, out_channels)``, for ``P`` patches of ``K`` points; ``keep`` ``(V,)`` int64
+          asks for the features of these patches alone, ``(V, out_channels)``.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 384, widths: tuple[int, int, int] = (128, 256, 512)):
@@ -36,13 +38,15 @@ class PatchEncoder(nn.Module):
         self.second_conv = nn.Sequential(Pointwise(2 * middle, outer), nn.BatchNorm1d(outer), nn.ReLU(inplace=True),
                                          Pointwise(outer, out_channels))
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, keep: Tensor | None = None) -> Tensor:
         P, K, C = patches.shape
         x = self.first_conv(patches.reshape(P * K, C))  # (P K, middle)
-        x = self._stage_two_input(x, K)
-        for layer in list(self.second_conv)[1:]:
-            x = layer(x)
-        return patch_max(x.view(P, K, -1))
+        _, norm, activation, last = self.second_conv
+        x = norm(self._stage_two_input(x, K))  # (P K, outer)
+        if keep is not None:  # behind the last batch statistics, which are those of all patches with and without it
+            x = x.view(P, K, -1).index_select(0, keep)  # (V, K, outer)
+        x = last(activation(x))
+        return patch_max(x.view(-1, K, x.shape[-1]))
 
     def _stage_two_input(self, x: Tensor, K: int) -> Tensor:
         linear = self.second_conv[0]
@@ -101,10 +105,19 @@ class PointPatchEmbed(nn.Module):
             raise ValueError(f'points must have the shape (B, N, {self.in_channels}), got {tuple(points.shape)}')
         return group_points(points, self.num_groups, self.group_size, self.skip_origin)
 
-    def embed(self, center: Tensor, patches: Tensor) -> Tokens:
-        """Tokens of what :meth:`group` returned, or of a mixture of such."""
-        x = self.encoder(patches.flatten(0, 1)).view(*patches.shape[:2], -1)  # (B, G, encoder_dim)
-        return Tokens(self.reduce_dim(x), self.pos_embed(center), center, patches[..., :3])
+    def embed(self, center: Tensor, patches: Tensor, keep: Tensor | None = None) -> Tokens:
+        """Tokens of what :meth:`group` returned, or of a mixture of such.
+
+        Args:
+            keep: ``(B, V)`` numbers of the patches whose features are wanted: ``x`` and ``pos`` are then
+                ``(B, V, embed_dim)``, and the layers behind the last batch statistics are spared the other patches.
+        """
+        (B, G), coord, rows = patches.shape[:2], center, None
+        if keep is not None:
+            coord = gather(center, keep)
+            rows = (keep + torch.arange(B, device=keep.device).mul(G).unsqueeze(1)).flatten()
+        x = self.encoder(patches.flatten(0, 1), rows).view(*coord.shape[:2], -1)  # (B, V or G, encoder_dim)
+        return Tokens(self.reduce_dim(x), self.pos_embed(coord), center, patches[..., :3])
 
     def forward(self, inputs: dict | Tensor) -> Tokens:
         return self.embed(*self.group(points_of(inputs)))
