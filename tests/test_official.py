@@ -9,7 +9,7 @@ from official_files import blocks, classifier, dvae, linear, logits, pretrain, v
 from torch import nn
 
 import ewa3d
-from ewa3d.engine.checkpoint import read_checkpoint
+from ewa3d.engine.checkpoint import read_checkpoint, write_checkpoint
 from ewa3d.models.backbone import TokenEncoder
 from ewa3d.models.official import KINDS, WrongModelError
 from ewa3d.models.weights import LAYOUTS, layouts_of, load_plain, rename, squeezed
@@ -94,6 +94,13 @@ def test_sizes_come_from_the_weights(official, kind, sizes):
     center, patches = model.backbone.tokenizer.group(points)
     assert center.shape == (3, 6, 3) and patches.shape == (3, 6, 5, 3)
     torch.testing.assert_close(model(dict(points=points)), logits(state, center, patches, heads=2), **TOLERANCE)
+
+
+def test_safetensors_with_official_names(tmp_path):
+    state = classifier()
+    write_checkpoint(tmp_path / 'x.safetensors', state)
+    model = ewa3d.from_official('point-mae', tmp_path / 'x.safetensors', **SMALL)
+    assert torch.equal(model.backbone.norm.weight, state['norm.weight'])
 
 
 def test_points_are_taken_as_given(official):
