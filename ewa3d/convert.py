@@ -171,8 +171,9 @@ def _tell_differences(report: ConvertReport, layout: str, meta: Mapping | None) 
     odd = [f'{key}={report.sizes[key]}' for key, value in _FIXED.items() if report.sizes.get(key, value) != value]
     if odd:
         report.notes.append(f'the official code fixes sizes, which have to be changed there: {", ".join(odd)}')
-    told = {**tokenizer, **_part(model, 'backbone')}
-    asked = [f'{key}={told[key]}' for key in ('num_heads', 'num_groups', 'group_size') if key in told]
+    told = {**tokenizer, **_part(model, 'backbone'), **model}
+    asked = [f'{key}={told[key]}' for key in ('num_heads', 'decoder_num_heads', 'num_groups', 'group_size')
+             if key in told]
     if asked:
         report.notes.append(f'the official config has to say: {", ".join(asked)}')
 

@@ -19,6 +19,7 @@ from ewa3d.models.weights import LAYOUTS
 
 REPO = Path(__file__).resolve().parents[1]
 FIXTURES = [('point-mae', 'pointmae_cls', 'classifier'), ('point-mae', 'pointmae_partseg', 'partseg'),
+            ('point-mae', 'pointmae_pretrain', 'pretrain'),
             ('dvae', 'pointbert_dvae', 'dvae'), ('point-bert', 'pointbert_cls', 'classifier'),
             ('point-bert', 'pointbert_partseg', 'partseg'), ('point-bert', 'pointbert_mpm', 'pretrain')]
 
@@ -119,6 +120,37 @@ def test_a_trained_model_goes_to_the_official_code(tmp_path, num_experts):
     back = ewa3d.from_official('point-mae', tmp_path / 'official.pth', num_heads=2, num_groups=6, group_size=5)
     points = torch.randn(2, 30, 3)
     torch.testing.assert_close(back(points), model(points), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind, head, source', [
+    ('point-mae', dict(type='MaskedAutoencoder', decoder_depth=2, decoder_num_heads=3), pretrain(24, 2, 2, 8)),
+    ('point-bert', dict(type='MaskedTokenModel', cls_dim=8, queue_size=6, dvae=dict(
+        type='DiscreteVAE', num_tokens=16, encoder_dim=24)), None)])
+def test_pretraining_with_experts_goes_to_the_official_code(tmp_path, kind, head, source):
+    tokenizer = dict(type='PointPatchEmbed', num_groups=6, group_size=8, skip_origin=True)
+    if kind == 'point-bert':
+        tokenizer['encoder_dim'] = 24
+    at = 'decoder' if kind == 'point-mae' else 'backbone'
+    model = ewa3d.build(dict(head, backbone=dict(type='TokenEncoder', tokenizer=tokenizer, **SIZES),
+                             expand=[dict(type='EWAFFN', at=f'{at}.blocks.*.mlp', num_experts=2)])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    write_checkpoint(tmp_path / 'ours.pth', model.state_dict())
+    report = convert_checkpoint(kind, tmp_path / 'ours.pth', tmp_path / 'official.pth', to_official=True)
+    assert report.written and 'experts averaged: 8 tensors' in str(report)
+    state = torch.load(tmp_path / 'official.pth', weights_only=True)['base_model']
+    if source:
+        assert {key: value.shape for key, value in state.items()} == {k: v.shape for k, v in source.items()}
+    back = ewa3d.from_official(kind, tmp_path / 'official.pth', num_heads=2, num_groups=6,
+                               **dict(decoder_num_heads=3) if source else {})
+    points, mask = torch.randn(2, 30, 3), torch.tensor([[True, True, True, False, False, False]] * 2)
+    draws = {} if source else dict(mask_mixed=mask, mask_k=mask, mixup_ratio=torch.rand(2),
+                                   mixup_uniform=torch.rand(2, 6))
+    with torch.no_grad():
+        wanted, found = (net(points, mask=mask, **draws) for net in (model, back))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
 
 
 def test_raw_and_averaged_weights(tmp_path, capsys):

@@ -63,6 +63,27 @@ def test_dvae_fixture(reference):
     assert torch.equal(same(ref.inputs['points'])['logits'], found['logits'])
 
 
+def test_point_mae_pretraining_fixture(reference):
+    ref = reference('pointmae_pretrain')
+    path, points, mask = ref.path / 'checkpoint.pth', ref.inputs['points'], ref.inputs['mask']
+    model = ewa3d.from_official('point-mae', path, num_heads=3, num_groups=16)
+    assert not model.training and model.backbone.tokenizer.group_size == 8
+    with torch.no_grad():
+        found = model(dict(points=points), mode='tensor', mask=mask)
+    for name, value in ref.expected.items():
+        if '/' not in name and name not in ('neighborhood', 'target_points'):  # points of a patch in any order
+            torch.testing.assert_close(found[name], value, **TOLERANCE, msg=lambda text, name=name: f'{name}: {text}')
+    with pytest.raises(ValueError, match='decoder_num_heads=5 does not divide'):
+        ewa3d.from_official('point-mae', path, num_heads=3, decoder_num_heads=5)
+    with pytest.raises(ValueError, match='group_size=32 was given, and the weights have group_size=8'):
+        ewa3d.from_official('point-mae', path, num_heads=3, group_size=32)
+    ewa3d.expand(model, [dict(type='EWAFFN', at=f'{part}.blocks.*.mlp', num_experts=2) for part in
+                         ('backbone', 'decoder')])
+    with torch.no_grad():
+        torch.testing.assert_close(model(points, mask=mask)['reconstructed_points'], found['reconstructed_points'],
+                                   **TOLERANCE)
+
+
 def test_point_bert_pretraining_fixture(reference):
     ref = reference('pointbert_mpm')
     model = ewa3d.from_official('point-bert', ref.path / 'checkpoint.pth', num_heads=3, num_groups=16, m=0.9)
@@ -140,6 +161,16 @@ def test_given_sizes_are_checked(official):
     for sizes in (dict(num_heads=0), dict(num_groups=0)):
         with pytest.raises(ValueError, match=r'ckpt\.pth: .*must be at least 1'):
             ewa3d.from_official('point-mae', path, **sizes)
+
+
+def test_point_mae_pretraining_of_other_sizes(official):
+    model = ewa3d.from_official('point-mae', official(pretrain(20, 3, 2, group_size=7)), num_heads=4, num_groups=9,
+                                decoder_num_heads=2, mask_ratio=0.4, mask_type='block')
+    assert (len(model.backbone.blocks), len(model.decoder.blocks), model.group_size) == (3, 2, 7)
+    assert model.backbone.blocks[0].attn.num_heads == 4 and model.decoder.blocks[1].attn.num_heads == 2
+    assert model(torch.randn(2, 40, 3))['reconstructed_points'].shape == (2, 3, 7, 3)
+    with pytest.raises(ValueError, match='10 numbers, which are no points'):
+        ewa3d.from_official('point-mae', official({**pretrain(), **linear('increase_dim.0', 36, 10, 1)}))
 
 
 def test_dvae_of_other_sizes(official):

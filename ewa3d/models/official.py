@@ -43,9 +43,9 @@ def from_official(kind: str, path: str | Path, **sizes) -> nn.Module:
         kind: ``'point-mae'``, ``'point-bert'`` or ``'dvae'`` (Point-BERT's tokenizer).
         path: a file of the project; nothing in it is executed.
         **sizes: what weights cannot tell, with the official defaults: ``num_heads=6``, ``num_groups=64``,
-            ``group_size=32``, and for pretraining models ``mask_ratio``, ``key_momentum`` and so on (an unknown name is
-            answered with the valid ones). The names of the official configs will do as well. Sizes that the weights
-            tell may be given to be checked.
+            ``group_size=32``, and for pretraining models ``decoder_num_heads`` (by default those of the encoder),
+            ``mask_ratio``, ``key_momentum`` and so on; an unknown name is answered with the valid ones. The names of
+            the official configs will do as well. Sizes that the weights tell may be given to be checked.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -206,6 +206,14 @@ def _read_dvae(read: _Reader, at: str = '') -> dict:
                 decoder_widths=(read.size(f'{at}decoder.mlp.0.weight'), read.size(f'{at}decoder.final_conv.0.weight')))
 
 
+def _read_mae_pretrain(read: _Reader) -> dict:
+    backbone = _read_backbone(read)
+    hidden = read.size('decoder.blocks.0.mlp.fc1.weight', -2)
+    return dict(backbone, decoder_depth=read.depth('decoder.blocks.'), group_size=_points(read, 'increase_dim.weight'),
+                decoder_mlp_ratio=_ratio(hidden, backbone['embed_dim']),
+                decoder_pos_dim=read.size('decoder_pos_embed.0.weight'))
+
+
 def _read_bert_pretrain(read: _Reader) -> dict:
     backbone, dvae = _read_backbone(read), _read_dvae(read, 'dvae.')
     labels = read.size('lm_head.weight')
@@ -246,8 +254,15 @@ def _dvae(sizes: Mapping) -> dict:
     return dict(type='DiscreteVAE', skip_origin=True, **{key: sizes[key] for key in names})
 
 
+def _mae_pretrain(sizes: Mapping) -> dict:
+    own = {key: sizes[key] for key in ('decoder_depth', 'decoder_mlp_ratio', 'mask_ratio', 'mask_type', 'loss')}
+    return dict(type='MaskedAutoencoder', backbone=_backbone(sizes), pos_dim=sizes['decoder_pos_dim'], **own,
+                decoder_num_heads=sizes['decoder_num_heads'] or sizes['num_heads'])
+
+
 def _bert_pretrain(sizes: Mapping) -> dict:
-    own = {key: sizes[key] for key in ('cls_dim', 'mask_ratio', 'temperature', 'key_momentum', 'queue_size')}
+    own = {key: sizes[key] for key in ('cls_dim', 'mask_ratio', 'mask_type', 'temperature', 'key_momentum',
+                                       'queue_size')}
     return dict(type='MaskedTokenModel', backbone=_backbone(sizes), init_encoder=False, **own,
                 dvae=_dvae({**sizes, 'encoder_dim': sizes['dvae_encoder_dim']}))
 
@@ -263,8 +278,11 @@ _CLASSIFIER = _Task(_read_classifier, _GROUPS, _classifier)
 _PARTS = _Task(_read_backbone, _GROUPS, lambda sizes: dict(type='TaskModel', backbone=_backbone(sizes)))
 _TASKS = {'point_mae': _CLASSIFIER, 'point_bert': _CLASSIFIER, 'point_mae_partseg': _PARTS,
           'point_bert_partseg': _PARTS,
+          'point_mae_pretrain': _Task(_read_mae_pretrain, dict(  # the decoder's heads are those of the encoder
+              num_heads=6, decoder_num_heads=None, num_groups=64, mask_ratio=0.6, mask_type='rand', loss='cdl2'),
+              _mae_pretrain),
           'point_bert_pretrain': _Task(_read_bert_pretrain, dict(
-              num_heads=6, num_groups=64, mask_ratio=(0.25, 0.45), temperature=0.07, key_momentum=0.999),
-              _bert_pretrain),
+              num_heads=6, num_groups=64, mask_ratio=(0.25, 0.45), mask_type='block', temperature=0.07,
+              key_momentum=0.999), _bert_pretrain),
           'dvae': _Task(_read_dvae, dict(num_groups=64, temperature=1.),
                         lambda sizes: dict(_dvae(sizes), temperature=sizes['temperature']))}
