@@ -1,4 +1,4 @@
-"""The commands ``train``, ``test``, ``fuse``, ``convert`` and ``quickstart``.
+"""The commands ``train``, ``test``, ``fewshot``, ``fuse``, ``convert`` and ``quickstart``.
 
 ``tools/*.py`` and the console script ``ewa3d`` call :func:`main`.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
-__all__ = ['main', 'train', 'test', 'fuse', 'convert', 'load_config']
+__all__ = ['main', 'train', 'test', 'fewshot', 'fuse', 'convert', 'load_config']
 
 EVALUATING = ('LoggerHook', 'LinearSVMHook', 'VotingHook')  # hooks that a test keeps
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         return 3
     except KeyboardInterrupt:
-        sys.stderr.write('interrupted; train --resume continues from the last checkpoint\n')
+        sys.stderr.write('interrupted; train --resume (or fewshot again) continues from the last checkpoint\n')
         return 130
 
 
@@ -69,16 +69,17 @@ class _Options(DictAction):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('ewa3d', description='Train, evaluate and fuse point transformers.')
-    commands = parser.add_subparsers(required=True, metavar='{train,test,fuse,convert,quickstart}')
+    commands = parser.add_subparsers(required=True, metavar='{train,test,fewshot,fuse,convert,quickstart}')
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    running = argparse.ArgumentParser(add_help=False, parents=[common])
-    running.add_argument('--work-dir', help='default: work_dirs/<name of the config>')
+    configured = argparse.ArgumentParser(add_help=False, parents=[common])
+    configured.add_argument('--work-dir', help='default: work_dirs/<name of the config>')
+    configured.add_argument('--cfg-options', nargs='+', action=_Options, default={}, metavar='k=v',
+                            help='override parts of the config: train_cfg.max_epochs=30')
+    running = argparse.ArgumentParser(add_help=False, parents=[configured])
     running.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none')
     running.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
-    running.add_argument('--cfg-options', nargs='+', action=_Options, default={}, metavar='k=v',
-                         help='override parts of the config: train_cfg.max_epochs=30')
 
     command = commands.add_parser('train', parents=[running], help='train a model')
     command.add_argument('config')
@@ -98,6 +99,17 @@ def _parser() -> argparse.ArgumentParser:
                          help='report beside the plain numbers those of logits averaged over so many (10) passes, each '
                               "drawn and augmented by the config's vote_pipeline, or else as in training")
     command.set_defaults(command=test)
+
+    command = commands.add_parser('fewshot', parents=[configured],
+                                  help='train on every fold of a few-shot task; mean and std over folds')
+    command.add_argument('config')
+    command.add_argument('--way', type=int, help="number of classes; default: the config's")
+    command.add_argument('--shot', type=int, help="training clouds of each; default: the config's")
+    command.add_argument('--folds', type=int, default=10, help='default: 10; those that are done are skipped')
+    command.add_argument('--pretrained', metavar='PATH', help='weights to start from: model.pretrained of the config')
+    command.add_argument('--seed', type=int, help="of every fold; default: the config's, else 0")
+    command.add_argument('--keep-checkpoints', action='store_true', help='they are deleted when a fold is done')
+    command.set_defaults(command=fewshot)
 
     command = commands.add_parser('fuse', parents=[common], help='write the plain weights of a checkpoint')
     command.add_argument('checkpoint')
@@ -290,6 +302,12 @@ def _describe_data(cfg: Config, dataset) -> dict:
         dataset = dataset.dataset  # wrappers: the split is the data set's own
     return dict(dataset=f'{kind}{inner.get("variant", "")}', split=getattr(dataset, 'split', inner.get('split')),
                 points=None if points is None else int(points.shape[0]), samples=samples)
+
+
+def fewshot(args) -> int:
+    """Train and evaluate every fold of a few-shot task."""
+    from ewa3d.fewshot import command
+    return command(args)
 
 
 def fuse(args) -> int:
