@@ -12,7 +12,7 @@ from ewa3d.engine.plain import storable
 from ewa3d.files import atomic_write
 from ewa3d.layers.experts import expert_mean
 from ewa3d.models.official import KINDS, WrongModelError, check_kind, model_config, official_layout
-from ewa3d.models.weights import LAYOUTS, layouts_of, rename, squeezed, state_dict_of
+from ewa3d.models.weights import LAYOUTS, layouts_of, rename, squeezed, stacked_keys, state_dict_of
 from ewa3d.registry import MODELS
 
 __all__ = ['ConvertReport', 'convert_checkpoint']
@@ -134,9 +134,11 @@ def _compare(report: ConvertReport, layout: str, state: dict[str, Tensor]) -> di
     if LAYOUTS[layout].task == 'partseg':
         own.update({key: value for key, value in state.items() if key.startswith('head.')})
         report.notes.append('the head is carried along under its own names; ewa3d has no part segmentation model yet')
-    state, averaged = _averaged(squeezed(state, own), own)
-    if averaged:
-        report.notes.append(f'experts averaged: {averaged} tensors')
+    state = squeezed(state, own)
+    stacked = stacked_keys(state, own)
+    if stacked:
+        state.update({key: expert_mean(state[key]) for key in stacked})
+        report.notes.append(f'experts averaged: {len(stacked)} tensors')
     report.matched = [key for key in own if key in state]
     report.missing = [key for key in own if key not in state]
     report.unexpected = [key for key in state if key not in own]
@@ -145,13 +147,6 @@ def _compare(report: ConvertReport, layout: str, state: dict[str, Tensor]) -> di
     if wrong:
         raise ValueError(f'{report.source}: its tensors do not fit each other: {some(wrong)}')
     return {key: state[key] for key in report.matched}
-
-
-def _averaged(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """``state`` with stacked experts, which have one leading dimension, as their mean, and how many tensors were."""
-    stacked = {key for key, value in state.items() if key in own and value.shape[1:] == own[key].shape
-               and value.ndim == own[key].ndim + 1 and len(value)}
-    return {key: expert_mean(value) if key in stacked else value for key, value in state.items()}, len(stacked)
 
 
 def _tell_differences(report: ConvertReport, layout: str, meta: Mapping | None) -> None:

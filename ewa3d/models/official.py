@@ -20,8 +20,6 @@ __all__ = ['KINDS', 'WrongModelError', 'check_kind', 'from_official', 'model_con
 KINDS = {kind: [name for name, layout in LAYOUTS.items() if layout.kind in (kind, *more)]
          for kind, more in {'point-mae': (), 'point-bert': ('dvae',), 'dvae': ()}.items()}
 _FORMS = {(0, 1, 4, 5, 8): 'mlp', (0, 3): 'mlp_nobn', (0,): 'linear'}
-
-
 # What the official configs call our sizes.
 _OFFICIAL_NAMES = dict(num_group='num_groups', trans_dim='embed_dim', encoder_dims='encoder_dim', cls_dim='num_classes',
                        tokens_dims='token_dim', decoder_dims='decoder_dim', m='key_momentum', T='temperature',
@@ -116,6 +114,7 @@ def model_config(layout: str, state: Mapping[str, Tensor], name: str, given: Map
     known = {*task.defaults, *found}
     given = {key if key in known else _OFFICIAL_NAMES.get(key, key): value for key, value in (given or {}).items()}
     for key, value in given.items():
+        value = tuple(value) if isinstance(value, list) else value
         if key not in known:
             raise TypeError(f'{name}: the model has no size {key!r}; {nearest(key, known)}')
         if key in found and value != found[key]:
@@ -143,10 +142,10 @@ class _Reader:
     def size(self, key: str, dim: int = 0) -> int:
         """The size of one dimension of a tensor: 0 is what a layer gives, 1 what it takes."""
         if key not in self.state:
-            raise ValueError(f'{self.name} lacks {self._there(key)!r}, from which a size is read')
+            raise ValueError(f'{self.name} lacks {self.there(key)!r}, from which a size is read')
         shape = self.state[key].shape
         if not -len(shape) <= dim < len(shape):
-            raise ValueError(f'{self.name}: {self._there(key)!r} has the shape {tuple(shape)}, which tells no size')
+            raise ValueError(f'{self.name}: {self.there(key)!r} has the shape {tuple(shape)}, which tells no size')
         return shape[dim]
 
     def numbers(self, prefix: str) -> list[int]:
@@ -158,11 +157,12 @@ class _Reader:
         """The number of blocks under ``prefix``."""
         numbers = self.numbers(prefix)
         if not numbers or numbers != list(range(len(numbers))):
-            raise ValueError(f'{self.name}: blocks 0, 1, 2, … were expected at {self._there(prefix)!r}, found '
+            raise ValueError(f'{self.name}: blocks 0, 1, 2, … were expected at {self.there(prefix)!r}, found '
                              f'{some(numbers)}')
         return len(numbers)
 
-    def _there(self, key: str) -> str:
+    def there(self, key: str) -> str:
+        """What the file calls it."""
         return next(iter(rename({key: Tensor()}, self.layout, reverse=True)), key)
 
 
@@ -228,7 +228,8 @@ def _points(read: _Reader, key: str) -> int:
     """How many points a layer gives, three coordinates each."""
     rows = read.size(key)
     if rows % 3:
-        raise ValueError(f'{read.name}: {key} gives {rows} numbers, which are no points of three coordinates')
+        raise ValueError(f'{read.name}: {read.there(key)!r} gives {rows} numbers, which are no points of three '
+                         'coordinates')
     return rows // 3
 
 
