@@ -1,4 +1,4 @@
-"""Metrics of pretraining: how well clouds are reconstructed, and how much of the tokenizer's vocabulary is used."""
+"""Metrics of pretraining: how well clouds are reconstructed or codes guessed, how much of a vocabulary is used."""
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,7 +11,7 @@ from ewa3d.models.dvae import code_usage, count_codes
 from ewa3d.ops.chamfer import chamfer_distance
 from ewa3d.registry import METRICS, nearest
 
-__all__ = ['CodeUsage', 'ReconstructionError']
+__all__ = ['CodeUsage', 'ReconstructionError', 'TokenAccuracy']
 
 
 class _SummedMetric(BaseMetric):
@@ -125,6 +125,34 @@ class CodeUsage(_SummedMetric):
         counts = results[0]
         used, perplexity = code_usage(counts)
         return dict(codes_used=float(used), codes=float((counts > 0).sum()), code_perplexity=float(perplexity))
+
+
+@METRICS.register_module()
+class TokenAccuracy(_SummedMetric):
+    """``token_acc``: the share of masked patches, in percent, for which the tokenizer's code was predicted.
+
+    Each sample has ``pred_tokens``, ``gt_tokens`` and ``masked`` ``(G,)``.
+
+    Raises:
+        KeyError, ValueError: a sample without one of them, no masked patch, nothing to evaluate, or more samples than
+            the data set has.
+    """
+
+    def process(self, data_batch, data_samples: Sequence[Mapping]) -> None:
+        """Count one batch."""
+        for sample in data_samples:
+            pred, truth, masked = (self.field(sample, key) for key in ('pred_tokens', 'gt_tokens', 'masked'))
+            self.add(torch.stack([(pred[masked] == truth[masked]).sum(), masked.sum()]))
+
+    def size(self) -> int:
+        return 2
+
+    def compute_metrics(self, results: tuple[Tensor, int]) -> dict[str, float]:
+        """The metric from the numbers of hits and of masked patches."""
+        hits, masked = map(float, results[0])
+        if not masked:
+            raise ValueError('TokenAccuracy: no patch of the data set is masked')
+        return dict(token_acc=100 * hits / masked)
 
 
 def _name(sample: Mapping) -> str:

@@ -42,12 +42,19 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
     if isinstance(head, Mapping):
         head.update(num_classes=num_classes or head.get('num_classes') or _classes_of(weights))
     if weights:
-        cfg.pop('pretrained', None)  # the checkpoint replaces it
+        cfg = _without_pretrained(cfg)  # the checkpoint has it all
     model = MODELS.build(cfg)
     if weights:
         load_any(model, weights, select_weights(weights)[0], str(checkpoint))
         model.eval()
     return model
+
+
+def _without_pretrained(cfg):
+    """``cfg`` without the weights that its parts would start from."""
+    if isinstance(cfg, Mapping):
+        return {key: _without_pretrained(value) for key, value in cfg.items() if key != 'pretrained'}
+    return [_without_pretrained(value) for value in cfg] if isinstance(cfg, (list, tuple)) else cfg
 
 
 def _classes_of(checkpoint: Mapping) -> int | None:
