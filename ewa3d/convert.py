@@ -127,11 +127,11 @@ def _compare(report: ConvertReport, layout: str, state: dict[str, Tensor]) -> di
     Raises:
         ValueError: a tensor's shape is not that which the file's other tensors ask for.
     """
-    heads = {} if LAYOUTS[layout].task == 'dvae' else dict(num_heads=1)  # of any number: there are no weights in it
+    heads = {} if LAYOUTS[layout].task == 'tokenizer' else dict(num_heads=1)  # no weight depends on the number
     config, report.sizes = model_config(layout, state, str(report.source), heads)
     report.what = f'{LAYOUTS[layout].kind} {LAYOUTS[layout].task}'
     own = MODELS.build(config).state_dict()
-    if LAYOUTS[layout].task == 'partseg':
+    if LAYOUTS[layout].task == 'part-segmentation':
         own.update({key: value for key, value in state.items() if key.startswith('head.')})
         report.notes.append('the head is carried along under its own names; ewa3d has no part segmentation model yet')
     state = squeezed(state, own)

@@ -18,10 +18,10 @@ from ewa3d.engine.runner import Runner
 from ewa3d.models.weights import LAYOUTS
 
 REPO = Path(__file__).resolve().parents[1]
-FIXTURES = [('point-mae', 'pointmae_cls', 'classifier'), ('point-mae', 'pointmae_partseg', 'partseg'),
+FIXTURES = [('point-mae', 'pointmae_cls', 'classifier'), ('point-mae', 'pointmae_partseg', 'part-segmentation'),
             ('point-mae', 'pointmae_pretrain', 'pretrain'),
-            ('dvae', 'pointbert_dvae', 'dvae'), ('point-bert', 'pointbert_cls', 'classifier'),
-            ('point-bert', 'pointbert_partseg', 'partseg'), ('point-bert', 'pointbert_mpm', 'pretrain')]
+            ('dvae', 'pointbert_dvae', 'tokenizer'), ('point-bert', 'pointbert_cls', 'classifier'),
+            ('point-bert', 'pointbert_partseg', 'part-segmentation'), ('point-bert', 'pointbert_mpm', 'pretrain')]
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def from_official(kind: str, path: str | Path, **sizes) -> nn.Module:
     check_kind(kind)
     state = state_dict_of(path, str(path))
     layout = official_layout(kind, state, str(path))
-    if LAYOUTS[layout].task == 'partseg':
+    if LAYOUTS[layout].task == 'part-segmentation':
         raise NotImplementedError(f'{path} is a {LAYOUTS[layout].kind} part segmentation network, which is not '
                                   'supported yet; its encoder can be loaded into another model with pretrained=')
     config, _ = model_config(layout, rename(state, layout), str(path), sizes)

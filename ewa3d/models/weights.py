@@ -49,16 +49,16 @@ LAYOUTS: dict[str, Layout] = {
         *_at('MAE_encoder.', 'backbone.', _ENCODER), ('mask_token', 'mask_token'), ('MAE_decoder.', 'decoder.'),
         ('decoder_pos_embed.', 'decoder_pos_embed.'), ('increase_dim.0.', 'increase_dim.')),
         ('MAE_encoder.blocks.blocks.', 'MAE_decoder.', 'increase_dim.0.')),
-    'point_mae_partseg': Layout('point-mae', 'partseg', _PARTS, ('blocks.blocks.', 'label_conv.', 'propagation_0.'),
-                                ('reduce_dim.',), 'model_state_dict'),
+    'point_mae_partseg': Layout('point-mae', 'part-segmentation', _PARTS, (
+        'blocks.blocks.', 'label_conv.', 'propagation_0.'), ('reduce_dim.',), 'model_state_dict'),
     'point_bert': Layout('point-bert', 'classifier', _CLASSIFIER, ('blocks.blocks.', 'cls_head_finetune.',
                                                                    'reduce_dim.')),
     'point_bert_pretrain': Layout('point-bert', 'pretrain', (
         *_at('transformer_q.', '', _MASKED), *_at('transformer_k.', 'momentum.', _MASKED), ('dvae.', 'dvae.'),
         ('queue', 'queue')), ('transformer_q.blocks.blocks.', 'transformer_q.lm_head.')),
-    'point_bert_partseg': Layout('point-bert', 'partseg', _PARTS, ('blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.',
-                                                                   'propagation_0.'), entry='model_state_dict'),
-    'dvae': Layout('dvae', 'dvae', tuple((name, name) for name in (
+    'point_bert_partseg': Layout('point-bert', 'part-segmentation', _PARTS, (
+        'blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.', 'propagation_0.'), entry='model_state_dict'),
+    'dvae': Layout('dvae', 'tokenizer', tuple((name, name) for name in (
         'encoder.', 'dgcnn_1.', 'codebook', 'dgcnn_2.', 'decoder.')), ('codebook', 'dgcnn_1.', 'dgcnn_2.')),
 }
 # 1×1 convolutions there are linear layers here: the number of dimensions of their weights there.
