@@ -183,9 +183,11 @@ def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str
     """Generated clouds of the shape that the model of ``cfg`` takes: noisy ellipsoids in the unit ball.
 
     Shape:
-        - ``points``: ``(batch_size, N, 3 + F)``, ``N`` from the test pipeline (else 1024), ``F`` from the tokenizer.
+        - ``points``: ``(batch_size, N, 3 + F)``, ``N`` from the test or training pipeline (else 1024), ``F`` from the
+          tokenizer.
     """
-    sizes = [v for k, v in _items(cfg.get('test_dataloader') or {}) if k == 'num_points' and isinstance(v, int)]
+    loader = cfg.get('test_dataloader') or cfg.get('train_dataloader') or {}  # pretraining has no test
+    sizes = [v for k, v in _items(loader) if k == 'num_points' and isinstance(v, int)]
     tokenizer = (cfg['model'].get('backbone') or {}).get('tokenizer') or {}
     channels = [v for k, v in _items(tokenizer) if k == 'in_channels' and isinstance(v, int)]
     size, width = max(sizes, default=1024), max(channels, default=3)
@@ -214,16 +216,24 @@ def output_difference(one: nn.Module, other: nn.Module, inputs: Mapping[str, Ten
                       dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """The largest difference of two models' raw outputs: ``absolute``, and ``relative`` to the largest output."""
     inputs = {k: v.to(dtype) for k, v in inputs.items()}
-    first, second = (list(_tensors(copy.deepcopy(model).to(dtype).eval()(inputs, mode='tensor')))
-                     for model in (one, other))
+    first, second = (list(_tensors(_evaluate(copy.deepcopy(model).to(dtype), inputs))) for model in (one, other))
     absolute = max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
     largest = max(float(a.abs().max()) for a in first)
     return dict(absolute=absolute, relative=absolute / max(largest, torch.finfo(dtype).tiny))
 
 
+def _evaluate(model: nn.Module, inputs: Mapping[str, Tensor]):
+    """The raw output in eval mode; what is drawn at random (masks) is the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model.eval()(inputs, mode='tensor')
+
+
 def _tensors(output) -> Iterator[Tensor]:
+    """The floating-point tensors of an output; numbers of tokens and the like have no size to compare."""
     if isinstance(output, Tensor):
-        yield output
+        if output.is_floating_point():
+            yield output
     else:
         for value in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(value)
