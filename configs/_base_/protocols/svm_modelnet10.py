@@ -5,15 +5,15 @@ svm_pipeline = [
     dict(type='Resample', num_points=1024, method='fps'),
     dict(type='Pack'),
 ]
-svm_train_dataloader = dict(
+svm_training = dict(
     batch_size=64,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
     dataset=dict(type='ModelNet', variant=10, split='train', pipeline=svm_pipeline))
-svm_test_dataloader = dict(
+svm_testing = dict(
     batch_size=64,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
     dataset=dict(type='ModelNet', variant=10, split='test', pipeline=svm_pipeline))
 svm_hook = dict(
-    type='LinearSVMHook', train_dataloader=svm_train_dataloader, test_dataloader=svm_test_dataloader, C=1.0)
+    type='LinearSVMHook', train_dataloader=svm_training, test_dataloader=svm_testing, C=1.0)
