@@ -11,12 +11,15 @@ __all__ = ['cases']
 
 FPS_SIZES = ((32, 1024, 64), (32, 2048, 128), (8, 8192, 512), (1, 100_000, 2048))  # batch, points, samples
 KNN_SIZES = ((32, 1024, 64, 32), (32, 2048, 128, 32), (8, 8192, 512, 32), (1, 100_000, 2048, 32))  # …, queries, k
+CHAMFER_SIZES = ((1216, 32), (32, 1024), (32, 2048), (8, 8192))  # clouds or patches, points
 ATTENTION_SIZES = ((32, 6, 65, 64), (32, 6, 129, 64), (8, 6, 513, 64))  # batch, heads, tokens, channels of a head
 QUICK_FPS, QUICK_KNN, QUICK_ATTENTION = ((2, 64, 8),), ((2, 64, 8, 4),), ((2, 2, 5, 4),)
+QUICK_CHAMFER = ((6, 8), (2, 600))
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """FPS and kNN at four sizes, in float32 whatever the dtype; attention forward and backward by dtype."""
+    """FPS, kNN, and Chamfer forward and backward at four sizes, in float32 whatever the dtype; attention forward and
+    backward by dtype."""
     from ewa3d import ops
     from ewa3d.layers.block import attend
     for batch, points, samples in QUICK_FPS if settings.quick else FPS_SIZES:
@@ -31,6 +34,11 @@ def cases(settings: Settings) -> Iterator[Case]:
             'cdist + topk': _bound(knn_cdist, centres, cloud, k),
             'centred product + topk': _bound(knn_centred_product, centres, cloud, k),
             'ewa3d': _bound(ops.knn, centres, cloud, k)})
+    for count, points in QUICK_CHAMFER if settings.quick else CHAMFER_SIZES:
+        shape = (count, points, 3)
+        yield Case(f'chamfer {count}×{points}', {
+            'cdist, full graph': _trained(chamfer_cdist, shape, 'fp32', settings, inputs=2),
+            'ewa3d': _trained(ops.chamfer_distance, shape, 'fp32', settings, inputs=2)})
     for dtype in settings.dtypes:
         for shape in QUICK_ATTENTION if settings.quick else ATTENTION_SIZES:
             yield Case(f'attention {"×".join(map(str, shape))}, {dtype}', {
@@ -72,6 +80,12 @@ def knn_centred_product(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, 
     return near + query.square().sum(-1, keepdim=True), index
 
 
+def chamfer_cdist(x: Tensor, y: Tensor) -> Tensor:
+    """The squared Chamfer distance with all pairs in the graph (and exact far from the origin)."""
+    distance = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square()
+    return distance.min(1)[0].mean() + distance.min(2)[0].mean()
+
+
 def _clouds(batch: int, points: int, settings: Settings) -> Tensor:
     generator = torch.Generator().manual_seed(settings.seed)
     return torch.randn(batch, points, 3, generator=generator).to(settings.device)
@@ -85,10 +99,11 @@ def _bound(function, *args):
     return lambda: call
 
 
-def _trained(attention, shape: tuple[int, ...], dtype: str, settings: Settings):
-    """A builder of ``attention`` forward and backward."""
+def _trained(function, shape: tuple[int, ...], dtype: str, settings: Settings, inputs: int = 3):
+    """A builder of ``function`` of that many tensors, forward and backward."""
     def build():
-        q, k, v, gradient = (torch.randn(shape, device=settings.device, dtype=DTYPES[dtype]) for _ in range(4))
-        inputs = [x.requires_grad_() for x in (q, k, v)]
-        return lambda: torch.autograd.grad(attention(*inputs), inputs, gradient)
+        tensors = [torch.randn(shape, device=settings.device, dtype=DTYPES[dtype]).requires_grad_()
+                   for _ in range(inputs)]
+        gradient = torch.randn_like(function(*tensors))
+        return lambda: torch.autograd.grad(function(*tensors), tensors, gradient)
     return build
