@@ -131,6 +131,19 @@ def test_stored_noise_is_replayed():
     assert not torch.equal(model(points, mode='loss')['loss_recon'], model(points, mode='loss')['loss_recon'])
 
 
+def test_compiles_as_one_graph_for_all_temperatures():
+    model = tokenizer().train()
+    center, patches = model.group(clouds())
+    graphs = []
+    compiled = torch.compile(model.reconstruct, fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph)
+    noise = torch.randn(3, 6, 12)
+    for temperature in (1., 0.7, 0.2):
+        inputs = center, patches, torch.tensor(temperature), noise
+        for got, wanted in zip(compiled(*inputs), model.reconstruct(*inputs)):
+            torch.testing.assert_close(got, wanted)
+    assert len(graphs) == 1
+
+
 def test_both_graph_networks_share_one_graph(monkeypatch):
     model, calls = tokenizer(), []
     graph = model.graph

@@ -154,6 +154,17 @@ def test_the_expanded_model_has_the_published_numbers(reference):
     assert_stages(model(ref.inputs['points'], **draws_of(ref.inputs)), ref.expected, names)
 
 
+@torch.no_grad()
+def test_the_pretraining_model_from_the_official_file(reference):
+    ref = reference('pointbert_mpm')
+    c = ref.meta['config']
+    sizes = dict(num_heads=c['transformer_config']['num_heads'], num_groups=c['dvae_config']['num_group'],
+                 group_size=c['dvae_config']['group_size'], key_momentum=c['m'])
+    model = ewa3d.from_official('point-bert', ref.path / 'checkpoint.pth', **sizes)
+    found = model(ref.inputs['points'], **draws_of(ref.inputs))
+    assert_stages(found, ref.expected, [name for name in ref.expected if name not in state_names(ref.expected)])
+
+
 def test_the_state_dict_has_the_published_names(masked_model):
     ref, model = masked_model
     stored = read_checkpoint(ref.path / 'checkpoint.pth')['base_model']

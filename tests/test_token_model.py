@@ -190,6 +190,21 @@ def test_the_tokenizer_is_frozen_and_stored():
     assert {'dvae.codebook', 'momentum.mask_token', 'queue', 'queue_ptr'} <= set(model.state_dict())
 
 
+def test_a_tokenizer_without_weights_is_told_once(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr('ewa3d.models.token_model.print_log', lambda text, **_: told.append(text))
+    model = build()
+    path = str(write_checkpoint(tmp_path / 'dvae.pth', model.dvae.state_dict(), {}))
+    for one in (build(dvae=dict(DVAE, pretrained=path)), build(dvae=model.dvae), build(), model.eval()):
+        if one is not model:
+            one.load_state_dict(model.state_dict())
+        one(clouds(), mode='loss')
+    assert not told
+    for _ in range(2):
+        model.train()(clouds(), mode='loss')
+    assert len(told) == 1 and 'dvae.pretrained' in told[0]
+
+
 def test_features_and_predictions():
     model, points = build().eval(), clouds()
     torch.testing.assert_close(model.extract(points), model(points)['eval_cls_feature'])
@@ -219,6 +234,14 @@ def test_training_lowers_the_loss_and_bf16_works():
             optimizer.step()
             losses.append((found['loss_mpm_real'] + found['loss_mpm_mixed']).detach().item())
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+
+def test_compiles_as_one_graph():
+    model = build(backbone=dict(BACKBONE, drop_path_rate=0.)).train()
+    center, patches = model.backbone.tokenizer.group(clouds())
+    drawn = model.draw(center, {})
+    compiled = torch.compile(model.features, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(center, patches, drawn), model.features(center, patches, drawn))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -149,35 +149,36 @@ class DiscreteVAE(ExpandableModel):
         features = self.dgcnn_2(codes, graph)
         return features, *self.decoder(features)
 
-    def reconstruct(self, center: Tensor, patches: Tensor, noise: Tensor | None = None, hard: bool = False,
-                    temperature: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def reconstruct(self, center: Tensor, patches: Tensor, temperature: Tensor, noise: Tensor | None = None,
+                    hard: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, coarse and fine points of patches.
 
         Args:
+            temperature: ``()``; a number would have a compiled function made anew for each.
             noise: added to the scores, ``(B, G, num_tokens)``; drawn from a Gumbel distribution where not given.
             hard: choose one code for each patch (its gradient is that of the soft choice).
-            temperature: the model's own where not given.
         """
         graph = self.graph(center)
         scores = self.scores(center, patches, graph)
         if noise is None:
             noise = -torch.empty_like(scores).exponential_().log()
-        temperature = self.temperature if temperature is None else temperature
         choice = gumbel_softmax(scores, noise, temperature, hard)
         return scores, *self.decode(choice @ self.codebook, graph)[1:]
 
     # ---- mmengine's calls --------------------------------------------------------------------------------------------
     def forward(self, inputs: dict | Tensor, data_samples: Sequence[Sample] | None = None, mode: str = 'tensor',
-                noise: Tensor | None = None, hard: bool = False, temperature: float | None = None):
+                noise: Tensor | None = None, hard: bool = False, temperature: float | Tensor | None = None):
         check_mode(mode)
         center, patches = self.group(inputs)
+        temperature = torch.as_tensor(self.temperature if temperature is None else temperature, dtype=center.dtype,
+                                      device=center.device)
         if noise is not None:
             noise = self._checked(noise, center)
         if mode == 'loss':
-            return self.loss(patches, *self.reconstruct(center, patches, noise, hard, temperature))
+            return self.loss(patches, *self.reconstruct(center, patches, temperature, noise, hard))
         if mode == 'predict':
             return self.predict(center, patches, data_samples)
-        return self.stages(points_of(inputs), center, patches, noise, hard, temperature)
+        return self.stages(points_of(inputs), center, patches, temperature, noise, hard)
 
     def loss(self, patches: Tensor, scores: Tensor, coarse: Tensor, fine: Tensor) -> dict[str, Tensor]:
         """Losses and statistics of a reconstruction."""
@@ -200,8 +201,8 @@ class DiscreteVAE(ExpandableModel):
             sample.pred_points, sample.pred_tokens = cloud, codes
         return samples
 
-    def stages(self, points: Tensor, center: Tensor, patches: Tensor, noise: Tensor | None = None, hard: bool = False,
-               temperature: float | None = None) -> dict[str, Tensor]:
+    def stages(self, points: Tensor, center: Tensor, patches: Tensor, temperature: Tensor,
+               noise: Tensor | None = None, hard: bool = False) -> dict[str, Tensor]:
         """Everything that is computed on the way, by name.
 
         ``center``, ``neighborhood``, ``patch_features``, ``logits``, ``token_index``; ``dgcnn_1_layer{1..5}_max``, of
@@ -217,7 +218,6 @@ class DiscreteVAE(ExpandableModel):
         found = dict(center=center, neighborhood=patches, patch_features=features, logits=scores,
                      token_index=scores.argmax(-1))
         found |= {f'dgcnn_1_layer{i}_max': x[..., ::8].transpose(1, 2) for i, x in enumerate([*layers, scores], 1)}
-        temperature = self.temperature if temperature is None else temperature
         choices = dict(argmax=gumbel_softmax(scores, torch.zeros_like(scores), 1., hard=True))
         if noise is not None:
             found['hard/token_index'] = (scores + noise).argmax(-1)
@@ -250,7 +250,7 @@ def at_least_single(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def gumbel_softmax(scores: Tensor, noise: Tensor, temperature: float, hard: bool = False) -> Tensor:
+def gumbel_softmax(scores: Tensor, noise: Tensor, temperature: float | Tensor, hard: bool = False) -> Tensor:
     """Weights of the codes: ``softmax((scores + noise) / temperature)``; ``hard``: the highest one alone, with the
     gradient of the soft weights (Jang et al. 2017).
 

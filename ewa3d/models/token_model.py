@@ -1,5 +1,6 @@
 """Point-BERT's pretraining: codes of masked patches are predicted, mixtures of clouds are recognised."""
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -116,13 +117,13 @@ class MaskedTokenModel(ExpandableModel):
         self.key_momentum = check_number('MaskedTokenModel: key_momentum', key_momentum)
         self.backbone = _checked_backbone(build_module(backbone))
         self.mask_ratio = _checked_ratio(mask_ratio, self.backbone.tokenizer.num_groups)
-        self.dvae, has_weights = _build_dvae(dvae, self.backbone.tokenizer)
+        self.dvae, self._has_labels = _build_dvae(dvae, self.backbone.tokenizer)
         width, cls_dim = self.backbone.embed_dim, check_integer('MaskedTokenModel: cls_dim', cls_dim, 1)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
         self.lm_head = nn.Linear(width, self.dvae.num_tokens).apply(init_vit)
         self.cls_head = nn.Sequential(nn.Linear(width, cls_dim), nn.GELU(), nn.Linear(cls_dim, cls_dim)).apply(init_vit)
         self.cls_head.requires_grad_(contrast or moco)
-        if init_encoder and has_weights:
+        if init_encoder and self._has_labels:
             _copy_encoder(self.backbone.tokenizer, self.dvae)
         queue_size = check_integer('MaskedTokenModel: queue_size', queue_size, 1)
         self.register_buffer('queue', F.normalize(torch.randn(cls_dim, queue_size), dim=0))
@@ -139,6 +140,10 @@ class MaskedTokenModel(ExpandableModel):
         super().train(mode)
         self.dvae.eval()
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self._has_labels |= f'{prefix}dvae.codebook' in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---- parts -------------------------------------------------------------------------------------------------------
     def extract(self, points: Tensor | dict) -> Tensor:
@@ -236,6 +241,10 @@ class MaskedTokenModel(ExpandableModel):
         Args:
             most: an upper bound of the number of masked patches of a cloud.
         """
+        if self.training and not self._has_labels:
+            print_log('the dvae was never trained: dvae.pretrained names no weights, and its labels mean nothing',
+                      logger='current', level=logging.WARNING)
+            self._has_labels = True  # said once
         labels = self.scores(center, patches).argmax(-1)
         x = self.features(center, patches, drawn)
         losses = self._token_losses(x[:, 1:], _with_mixed(labels, drawn), _masks(drawn), most)
@@ -367,9 +376,6 @@ def _build_dvae(cfg: dict | nn.Module, tokenizer: nn.Module) -> tuple[nn.Module,
         cfg, has_weights = dict(cfg), bool(cfg.get('pretrained'))
         if isinstance(cfg.get('pretrained'), str):
             cfg['pretrained'] = dict(source=cfg['pretrained'], strict=True)
-        if not has_weights:
-            print_log('the dvae has no pretrained weights: its labels mean nothing unless a checkpoint of the whole '
-                      'model is loaded', logger='current')
     dvae = build_module(cfg, num_groups=tokenizer.num_groups, group_size=tokenizer.group_size,
                         skip_origin=tokenizer.skip_origin)
     if dvae.group_size != tokenizer.group_size:
