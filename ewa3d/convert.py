@@ -131,9 +131,6 @@ def _compare(report: ConvertReport, layout: str, state: dict[str, Tensor]) -> di
     config, report.sizes = model_config(layout, state, str(report.source), heads)
     report.what = f'{LAYOUTS[layout].kind} {LAYOUTS[layout].task}'
     own = MODELS.build(config).state_dict()
-    if LAYOUTS[layout].task == 'part-segmentation':
-        own.update({key: value for key, value in state.items() if key.startswith('head.')})
-        report.notes.append('the head is carried along under its own names; ewa3d has no part segmentation model yet')
     state = squeezed(state, own)
     stacked = stacked_keys(state, own)
     if stacked:

@@ -38,17 +38,18 @@ class EdgeConv(nn.Sequential):
 
     Shape:
         - x ``(B, G, in_channels)``, graph ``(B, G, K)`` int64: each token's neighbours; returns
-          ``(B, G, out_channels)``.
+          ``(B, G, out_channels)``. With ``query`` ``(B, M, in_channels)`` these take the place of ``x_i``: graph
+          ``(B, M, K)`` then holds their neighbours in ``x``, and ``(B, M, out_channels)`` is returned.
     """
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int = 4):
         super().__init__(Pointwise(2 * in_channels, out_channels, bias=False), _GroupNorm(norm_groups, out_channels),
                          nn.LeakyReLU(0.2))
 
-    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+    def forward(self, x: Tensor, graph: Tensor, query: Tensor | None = None) -> Tensor:
         linear, norm, act = self
         of_neighbour, of_self = linear.weight.chunk(2, 1)
-        own = F.linear(x, of_self - of_neighbour)  # (B, G, C)
+        own = F.linear(x if query is None else query, of_self - of_neighbour)  # (B, G or M, C)
         edges = norm(gather(F.linear(x, of_neighbour), graph) + own.unsqueeze(2))  # (B, G, K, C)
         return act(patch_max(edges.flatten(0, 1))).view_as(own)
 

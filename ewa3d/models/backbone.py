@@ -49,7 +49,7 @@ class TransformerStack(nn.Module):
         Shape:
             - x, pos ``(B, L, C)``; returns ``(B, L, C)`` or a tuple of such.
         """
-        wanted = self._block_numbers(out_indices)
+        wanted = self.block_numbers(out_indices)
         if self.pos == 'first':
             x = x + pos
         outputs = {}
@@ -61,7 +61,8 @@ class TransformerStack(nn.Module):
                     return tuple(outputs[i] for i in wanted)
         return self.norm(x) if norm else x
 
-    def _block_numbers(self, out_indices: Sequence[int]) -> list[int]:
+    def block_numbers(self, out_indices: Sequence[int]) -> list[int]:
+        """The blocks ``out_indices``, counted from the first; ``ValueError`` where one is not there or twice."""
         depth = len(self.blocks)
         numbers = []
         for i in out_indices:

@@ -21,9 +21,10 @@ KINDS = {kind: [name for name, layout in LAYOUTS.items() if layout.kind in (kind
          for kind, more in {'point-mae': (), 'point-bert': ('dvae',), 'dvae': ()}.items()}
 _FORMS = {(0, 1, 4, 5, 8): 'mlp', (0, 3): 'mlp_nobn', (0,): 'linear'}
 # What the official configs call our sizes.
-_OFFICIAL_NAMES = dict(num_group='num_groups', trans_dim='embed_dim', encoder_dims='encoder_dim', cls_dim='num_classes',
-                       tokens_dims='token_dim', decoder_dims='decoder_dim', m='key_momentum', T='temperature',
-                       K='queue_size')
+_OFFICIAL_NAMES = dict(num_group=('num_groups',), trans_dim=('embed_dim',), encoder_dims=('encoder_dim',),
+                       cls_dim=('num_classes', 'num_parts'), tokens_dims=('token_dim',), decoder_dims=('decoder_dim',),
+                       m=('key_momentum',), T=('temperature',), K=('queue_size',), num_part=('num_parts',),
+                       fetch_idx=('out_indices',))
 
 
 class WrongModelError(ValueError):
@@ -41,7 +42,8 @@ def from_official(kind: str, path: str | Path, **sizes) -> nn.Module:
         kind: ``'point-mae'``, ``'point-bert'`` or ``'dvae'`` (Point-BERT's tokenizer).
         path: a file of the project; nothing in it is executed.
         **sizes: what weights cannot tell, with the official defaults: ``num_heads=6``, ``num_groups=64``,
-            ``group_size=32``, and for pretraining models ``decoder_num_heads`` (by default those of the encoder),
+            ``group_size=32``; for part segmentation ``num_groups=128``, ``out_indices=(3, 7, 11)`` and Point-BERT's
+            ``fps_levels=(512, 256)``; for pretraining models ``decoder_num_heads`` (by default those of the encoder),
             ``mask_ratio``, ``key_momentum`` and so on; an unknown name is answered with the valid ones. The names of
             the official configs will do as well. Sizes that the weights tell may be given to be checked.
 
@@ -50,18 +52,16 @@ def from_official(kind: str, path: str | Path, **sizes) -> nn.Module:
         ValueError: an unknown kind, a file of another model, a size that the weights contradict, heads that do not
             divide the width, missing or misshapen weights.
         TypeError: a size that the model has not.
-        NotImplementedError: a part segmentation network.
     """
     path = Path(path)
     check_kind(kind)
     state = state_dict_of(path, str(path))
     layout = official_layout(kind, state, str(path))
-    if LAYOUTS[layout].task == 'part-segmentation':
-        raise NotImplementedError(f'{path} is a {LAYOUTS[layout].kind} part segmentation network, which is not '
-                                  'supported yet; its encoder can be loaded into another model with pretrained=')
     config, _ = model_config(layout, rename(state, layout), str(path), sizes)
     try:
         model = MODELS.build(config)
+        if hasattr(getattr(model, 'neck', None), 'out_indices'):
+            model.backbone.block_numbers(model.neck.out_indices)
     except (ValueError, TypeError) as error:  # a size out of range
         raise type(error)(f'{path}: {error}') from None
     model.load_report = load_plain(model, state, name=str(path))
@@ -112,7 +112,8 @@ def model_config(layout: str, state: Mapping[str, Tensor], name: str, given: Map
     task = _TASKS[layout]
     found = task.read(_Reader(state, layout, name))
     known = {*task.defaults, *found}
-    given = {key if key in known else _OFFICIAL_NAMES.get(key, key): value for key, value in (given or {}).items()}
+    given = {next((name for name in (key, *_OFFICIAL_NAMES.get(key, ())) if name in known), key): value
+             for key, value in (given or {}).items()}
     for key, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
         if key not in known:
@@ -196,6 +197,24 @@ def _read_classifier(read: _Reader) -> dict:
                 hidden=read.size('head.layers.0.weight'))
 
 
+def _read_mae_parts(read: _Reader) -> dict:
+    first, second = (f'neck.propagation_0.mlp_convs.{i}.weight' for i in range(2))
+    return dict(_read_backbone(read), num_categories=read.size('neck.label_conv.0.weight', 1),
+                category_dim=read.size('neck.label_conv.0.weight'), propagation_widths=(read.size(first),
+                                                                                       read.size(second)),
+                hidden=tuple(read.size(f'head.layers.{i}.weight') for i in (0, 4)),
+                num_parts=read.size('head.layers.7.weight'))
+
+
+def _read_bert_parts(read: _Reader) -> dict:
+    backbone = _read_backbone(read)
+    columns = read.size('neck.propagation_0.mlp_convs.0.weight', 1)
+    return dict(backbone, num_categories=columns - backbone['embed_dim'] - backbone['in_channels'],
+                propagation_hidden=read.size('neck.propagation_0.mlp_convs.0.weight'),
+                graph_dim=read.size('neck.dgcnn_pro_1.layer1.0.weight'), hidden=(read.size('head.layers.0.weight'),),
+                num_parts=read.size('head.layers.4.weight'))
+
+
 def _read_dvae(read: _Reader, at: str = '') -> dict:
     layers = ('input_trans', *(f'layer{i}.0' for i in range(1, 5)))
     return dict(group_size=_points(read, f'{at}decoder.mlp.4.weight') * FOLD,
@@ -249,6 +268,23 @@ def _classifier(sizes: Mapping) -> dict:
                 head=dict(type='ClsHead', **{key: sizes[key] for key in ('num_classes', 'form', 'hidden')}))
 
 
+def _mae_parts(sizes: Mapping) -> dict:
+    neck = dict(type='PointFeaturePropagation', widths=sizes['propagation_widths'], category_dim=sizes['category_dim'])
+    return _parts(sizes, neck)
+
+
+def _bert_parts(sizes: Mapping) -> dict:
+    neck = dict(type='GraphPropagation', fps_levels=sizes['fps_levels'], hidden=sizes['propagation_hidden'],
+                graph_dim=sizes['graph_dim'])
+    return _parts(sizes, neck)
+
+
+def _parts(sizes: Mapping, neck: dict) -> dict:
+    neck.update({key: sizes[key] for key in ('out_indices', 'num_categories')})
+    head = dict(type='PartSegHead', **{key: sizes[key] for key in ('num_parts', 'hidden', 'parts')})
+    return dict(type='TaskModel', backbone=_backbone(sizes), neck=neck, head=head)
+
+
 def _dvae(sizes: Mapping) -> dict:
     names = ('num_groups', 'group_size', 'encoder_dim', 'num_tokens', 'token_dim', 'decoder_dim', 'encoder_widths',
              'graph_widths', 'decoder_widths')
@@ -276,9 +312,10 @@ class _Task(NamedTuple):
 
 _GROUPS = dict(num_heads=6, num_groups=64, group_size=32)
 _CLASSIFIER = _Task(_read_classifier, _GROUPS, _classifier)
-_PARTS = _Task(_read_backbone, _GROUPS, lambda sizes: dict(type='TaskModel', backbone=_backbone(sizes)))
-_TASKS = {'point_mae': _CLASSIFIER, 'point_bert': _CLASSIFIER, 'point_mae_partseg': _PARTS,
-          'point_bert_partseg': _PARTS,
+_SEGMENTATION = dict(num_heads=6, num_groups=128, group_size=32, out_indices=(3, 7, 11), parts=None)
+_TASKS = {'point_mae': _CLASSIFIER, 'point_bert': _CLASSIFIER,
+          'point_mae_partseg': _Task(_read_mae_parts, _SEGMENTATION, _mae_parts),
+          'point_bert_partseg': _Task(_read_bert_parts, dict(_SEGMENTATION, fps_levels=(512, 256)), _bert_parts),
           'point_mae_pretrain': _Task(_read_mae_pretrain, dict(  # the decoder's heads are those of the encoder
               num_heads=6, decoder_num_heads=None, num_groups=64, mask_ratio=0.6, mask_type='rand', loss='cdl2'),
               _mae_pretrain),

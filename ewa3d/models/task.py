@@ -16,12 +16,14 @@ class TaskModel(ExpandableModel):
 
     Args:
         backbone, neck, head: modules or configs. What follows from another part is filled in where a config leaves it
-            out: the neck's ``num_prefix_tokens``, the head's ``in_channels``.
+            out: the neck's ``num_prefix_tokens``, ``embed_dim``, ``in_channels`` and ``skip_origin``, the head's
+            ``in_channels``. A neck with ``out_indices`` is given the features of these blocks, where the tokens sit,
+            and the inputs.
         expand, pretrained: see :meth:`ExpandableModel.finish`.
         data_preprocessor: ``Preprocessor`` unless given.
 
     Shape:
-        - inputs ``dict(points=(B, N, 3 + F))``.
+        - inputs ``dict(points=(B, N, 3 + F))``, and what else the neck asks for (``category=(B,)``).
         - returns the head's raw output (``mode='tensor'``), a dict of losses (``'loss'``) or samples (``'predict'``).
     """
 
@@ -30,7 +32,10 @@ class TaskModel(ExpandableModel):
                  pretrained: str | dict | None = None, data_preprocessor: dict | nn.Module | None = None):
         super().__init__(data_preprocessor)
         self.backbone = build_module(backbone)
-        self.neck = build_module(neck, num_prefix_tokens=getattr(self.backbone, 'num_prefix_tokens', 0))
+        tokenizer = getattr(self.backbone, 'tokenizer', None)
+        self.neck = build_module(neck, num_prefix_tokens=getattr(self.backbone, 'num_prefix_tokens', 0),
+                                 embed_dim=self.backbone.embed_dim, in_channels=getattr(tokenizer, 'in_channels', 3),
+                                 skip_origin=getattr(tokenizer, 'skip_origin', False))
         width = self.backbone.embed_dim
         if hasattr(self.neck, 'out_channels'):
             width = self.neck.out_channels(width)
@@ -38,8 +43,14 @@ class TaskModel(ExpandableModel):
         self.finish(pretrained, expand)
 
     def extract(self, points: Tensor | dict) -> Tensor:
-        """Pooled features, the head's input, of ``points`` ``(B, N, 3 + F)`` (or of ``dict(points=...)``)."""
-        feats = self.backbone(inputs_of(points))
+        """The head's input, of ``points`` ``(B, N, 3 + F)`` or of ``dict(points=...)``: pooled features, or those of
+        every point."""
+        inputs = inputs_of(points)
+        if hasattr(self.neck, 'out_indices'):
+            tokens = self.backbone.tokenize(inputs)
+            feats = self.backbone.encode(tokens.x, tokens.pos, self.neck.out_indices)
+            return self.neck(feats, tokens.coord, inputs)
+        feats = self.backbone(inputs)
         return feats if self.neck is None else self.neck(feats)
 
     def forward(self, inputs: dict | Tensor, data_samples: Sequence[Sample] | None = None, mode: str = 'tensor'):

@@ -18,7 +18,7 @@ class Layout(NamedTuple):
     """How a project names and nests the weights of one kind of model.
 
     ``renames`` are prefixes there and here. A state dict is of the layout where all of ``marks`` begin some key and
-    ``absent`` begins none (prefixes there).
+    ``absent`` begins none (prefixes there, or such of ours that have none there).
     """
     kind: str
     task: str
@@ -39,24 +39,27 @@ _ENCODER = (('encoder.', 'tokenizer.encoder.'), ('reduce_dim.', 'tokenizer.reduc
 _CLASSIFIER = (*_at('', 'backbone.', _ENCODER), ('cls_head_finetune.', 'head.layers.'))
 _MASKED = (*_at('', 'backbone.', _ENCODER), ('mask_token', 'mask_token'), ('lm_head.', 'lm_head.'),
            ('cls_head.', 'cls_head.'))  # Point-BERT's transformer while it pretrains
-_PART_HEADS = tuple((name, 'head.' + name) for name in ('label_conv.', 'propagation_', 'dgcnn_pro_', 'conv', 'bn'))
-_PARTS = (*_at('', 'backbone.', _ENCODER), *_PART_HEADS)
+_PARTS = (*_at('', 'backbone.', _ENCODER), *_at('', 'neck.', tuple((name, name) for name in (
+    'label_conv.', 'propagation_', 'dgcnn_pro_'))))
+_MAE_PARTS = (*_PARTS, ('convs1.', 'head.layers.0.'), ('bns1.', 'head.layers.1.'), ('convs2.', 'head.layers.4.'),
+              ('bns2.', 'head.layers.5.'), ('convs3.', 'head.layers.7.'))
+_BERT_PARTS = (*_PARTS, ('conv1.', 'head.layers.0.'), ('bn1.', 'head.layers.1.'), ('conv2.', 'head.layers.4.'))
 
 LAYOUTS: dict[str, Layout] = {
     'point_mae': Layout('point-mae', 'classifier', _CLASSIFIER, ('blocks.blocks.', 'cls_head_finetune.'),
-                        ('reduce_dim.',)),
+                        ('reduce_dim.', 'neck.')),
     'point_mae_pretrain': Layout('point-mae', 'pretrain', (
         *_at('MAE_encoder.', 'backbone.', _ENCODER), ('mask_token', 'mask_token'), ('MAE_decoder.', 'decoder.'),
         ('decoder_pos_embed.', 'decoder_pos_embed.'), ('increase_dim.0.', 'increase_dim.')),
         ('MAE_encoder.blocks.blocks.', 'MAE_decoder.', 'increase_dim.0.')),
-    'point_mae_partseg': Layout('point-mae', 'part-segmentation', _PARTS, (
+    'point_mae_partseg': Layout('point-mae', 'part-segmentation', _MAE_PARTS, (
         'blocks.blocks.', 'label_conv.', 'propagation_0.'), ('reduce_dim.',), 'model_state_dict'),
-    'point_bert': Layout('point-bert', 'classifier', _CLASSIFIER, ('blocks.blocks.', 'cls_head_finetune.',
-                                                                   'reduce_dim.')),
+    'point_bert': Layout('point-bert', 'classifier', _CLASSIFIER, (
+        'blocks.blocks.', 'cls_head_finetune.', 'reduce_dim.'), ('neck.',)),
     'point_bert_pretrain': Layout('point-bert', 'pretrain', (
         *_at('transformer_q.', '', _MASKED), *_at('transformer_k.', 'momentum.', _MASKED), ('dvae.', 'dvae.'),
         ('queue', 'queue')), ('transformer_q.blocks.blocks.', 'transformer_q.lm_head.')),
-    'point_bert_partseg': Layout('point-bert', 'part-segmentation', _PARTS, (
+    'point_bert_partseg': Layout('point-bert', 'part-segmentation', _BERT_PARTS, (
         'blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.', 'propagation_0.'), entry='model_state_dict'),
     'dvae': Layout('dvae', 'tokenizer', tuple((name, name) for name in (
         'encoder.', 'dgcnn_1.', 'codebook', 'dgcnn_2.', 'decoder.')), ('codebook', 'dgcnn_1.', 'dgcnn_2.')),
@@ -64,7 +67,8 @@ LAYOUTS: dict[str, Layout] = {
 # 1×1 convolutions there are linear layers here: the number of dimensions of their weights there.
 _CONVOLUTIONS = ((r'encoder\.(first|second)_conv\.[03]', 3), (r'increase_dim\.0', 3),
                  (r'dgcnn_[12]\.(input_trans|layer5\.0)', 3), (r'dgcnn_[12]\.layer[1-4]\.0', 4),
-                 (r'decoder\.final_conv\.[036]', 3))
+                 (r'decoder\.final_conv\.[036]', 3), (r'label_conv\.0', 3), (r'propagation_[012]\.mlp_convs\.\d+', 3),
+                 (r'dgcnn_pro_[12]\.layer[12]\.0', 4), (r'convs?[123]', 3))
 # What pretraining models have beside the backbone; of their checkpoints only that goes into a task model.
 _PRETRAINING = ('mask_token', 'decoder_pos_embed.', 'decoder.', 'increase_dim.', 'lm_head.', 'cls_head.', 'dvae.',
                 'momentum.', 'queue')
