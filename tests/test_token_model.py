@@ -439,9 +439,11 @@ def test_bad_settings(options, error, message):
 
 
 @pytest.mark.parametrize('given, error, message', [
-    (dict(mask=torch.ones(4, 7, dtype=torch.bool)), ValueError, r'mask must have the shape \(4, 8\), got \(4, 7\)'),
-    (dict(mask=torch.ones(4, 8)), TypeError, 'mask must be boolean'),
-    (dict(mixup_ratio=torch.ones(4, 8)), ValueError, r'mixup_ratio must have the shape \(4,\)'),
+    (dict(mask=torch.ones(4, 7).bool()), ValueError, r'of the shape \(4, 8\), got torch.bool \(4, 7\)'),
+    (dict(mask=torch.ones(4, 8)), ValueError, r'must be a bool tensor.*got torch.float32 \(4, 8\)'),
+    (dict(mask_mixed=torch.zeros(4, 8).bool()), ValueError, 'mask_mixed masks no patch'),
+    (dict(mixup_ratio=torch.ones(4, 8)), ValueError, r'mixup_ratio must be a tensor of numbers of the shape \(4,\)'),
+    (dict(mixup_uniform=[0.5] * 8), ValueError, r'of the shape \(4, 8\), got list'),
     (dict(noise=dict(mask_q=torch.ones(4, 8))), TypeError, "draws no 'mask_q'"),
     (dict(mode='losses'), ValueError, "mode='losses'"),
 ])

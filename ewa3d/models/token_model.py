@@ -171,10 +171,7 @@ class MaskedTokenModel(ExpandableModel):
             value, shape = given.get(name), (B,) if name == 'mixup_ratio' else (B, G)
             if value is None:
                 continue
-            if value.shape != shape:
-                raise ValueError(f'MaskedTokenModel: {name} must have the shape {shape}, got {tuple(value.shape)}')
-            if name.startswith('mask') and value.dtype != torch.bool:
-                raise TypeError(f'MaskedTokenModel: {name} must be boolean, True is masked; got {value.dtype}')
+            _check_draw(name, value, shape)
             found[name] = value.to(center.device)
         for name, shape in (('mixup_ratio', (B,)), ('mixup_uniform', (B, G))):
             if name not in found:
@@ -342,6 +339,16 @@ def _mix(x: Tensor, ratio: Tensor, uniform: Tensor) -> Tensor:
     """Groups ``(B, G, ...)`` of each cloud, some replaced by those of the cloud at the mirrored position."""
     own = (uniform < ratio.unsqueeze(1)).view(*x.shape[:2], *[1] * (x.ndim - 2))
     return torch.where(own, x, x.flip(0))
+
+
+def _check_draw(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    is_mask = name.startswith('mask')
+    if not isinstance(value, Tensor) or value.shape != shape or is_mask != (value.dtype == torch.bool):
+        got = f'{value.dtype} {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__
+        kind = 'bool tensor, True where masked,' if is_mask else 'tensor of numbers'
+        raise ValueError(f'MaskedTokenModel: {name} must be a {kind} of the shape {shape}, got {got}')
+    if name in ('mask', 'mask_mixed') and not value.any():  # waits for the device, for a given mask only
+        raise ValueError(f'MaskedTokenModel: {name} masks no patch at all; there is nothing to predict')
 
 
 def _shape(shapes: Mapping, name: str) -> str:
