@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 from mmengine.config import Config
@@ -80,7 +81,7 @@ def run_folds(cfg: Config, work_dir: str | Path, folds: int = 10, keep_checkpoin
         seconds = (time.perf_counter() - started) / done
         sys.stdout.write(f'fold {fold}: last {result["last"]:.2f}  best {result["best"]:.2f} (epoch '
                          f'{result["best_epoch"]})  {result["seconds"]:.0f} s; {folds - left}/{folds} folds, '
-                         f'{left * seconds / 60:.0f} min left\n')
+                         f'{timedelta(seconds=round(left * seconds))} left\n')
         sys.stdout.flush()
     return report
 

@@ -35,7 +35,8 @@ class LinearSVMHook(Hook):
     Args:
         train_dataloader: config of the loader of the labelled clouds to fit; its pipeline should not augment.
         test_dataloader: config of the one to score; by default the data that are being evaluated.
-        C: inverse strength of the regularisation; scikit-learn's default, which the published code has, is 1.
+        C: inverse strength of the regularisation; 1 is scikit-learn's default, which the published code uses. The
+            solver may then stop at its 1,000 iterations before it has converged, which the log says.
 
     Raises:
         ValueError: there is no validation to add it to, or only one class to fit.
@@ -120,9 +121,10 @@ def linear_svm(train_features: np.ndarray, train_labels: np.ndarray, test_featur
         raise ValueError(f'linear SVM: the training set has one class only, label {train_labels[0]}')
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', ConvergenceWarning)
-        svm = LinearSVC(C=C, dual='auto', random_state=0).fit(train_features, train_labels)
+        # the dual problem, as the published code has it: on features of a LayerNorm the other solver may take minutes
+        svm = LinearSVC(C=C, dual=True, random_state=0).fit(train_features, train_labels)
     if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-        print_log(f'linear SVM: not converged with C={C}; a smaller C does', 'current')
+        print_log(f'linear SVM: stopped after {svm.max_iter} iterations with C={C}, not converged', 'current')
     return float(100 * np.mean(svm.predict(test_features) == test_labels))
 
 

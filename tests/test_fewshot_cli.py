@@ -85,7 +85,7 @@ def test_folds_that_are_done_are_skipped_and_more_can_follow(done, tmp_path, cap
     before = (tmp_path / 'fold_0/metrics.jsonl').stat().st_mtime_ns
     assert run(path, '--way', 2, '--folds', 2, '--work-dir', tmp_path) == 0
     out = capsys.readouterr().out
-    assert 'fold 1: last' in out and 'fold 0: last' not in out and '2/2 folds, 0 min left' in out
+    assert 'fold 1: last' in out and 'fold 0: last' not in out and '2/2 folds, 0:00:00 left' in out
     assert (tmp_path / 'fold_0/metrics.jsonl').stat().st_mtime_ns == before
     assert without_time(report_of(tmp_path)) == without_time(report_of(folder / 'run'))
 

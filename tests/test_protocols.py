@@ -56,12 +56,21 @@ def test_linear_svm_is_scikit_learns():
     np.random.seed(3)
     before = get_rng_state()
     for C in (0.01, 1.0):
-        svm = LinearSVC(C=C, dual=False, random_state=0).fit(*train_set)
+        svm = LinearSVC(C=C, dual=True, random_state=0).fit(*train_set)
         assert linear_svm(*train_set, *test_set, C=C) == pytest.approx(100 * svm.score(*test_set))
     assert linear_svm(*train_set, *train_set) > 70 and same(get_rng_state(), before)
 
 
-def test_linear_svm_of_what_cannot_be_fitted(caplog):
+def test_a_fit_that_does_not_converge_is_logged(monkeypatch):
+    said = []
+    monkeypatch.setattr(protocols, 'print_log', lambda text, logger: said.append(text))
+    linear_svm(*blobs(60), *blobs(9), C=1e-3)
+    assert not said
+    linear_svm(*blobs(60), *blobs(9), C=1e6)
+    assert len(said) == 1 and '1000 iterations' in said[0] and 'not converged' in said[0]
+
+
+def test_linear_svm_of_what_cannot_be_fitted():
     features, labels = blobs(9)
     with pytest.raises(ValueError, match='training features are not finite'):
         linear_svm(features * np.nan, labels, features, labels)
