@@ -20,6 +20,9 @@ __all__ = ['ConvertReport', 'convert_checkpoint']
 # The constants of the official code; files of other sizes need the same change there.
 _FIXED = dict(widths=(128, 256, 512), pos_dim=128, mlp_ratio=4., qkv_bias=False, in_channels=3, hidden=256,
               encoder_widths=(128, 256, 512), graph_widths=(128, 256, 512, 512, 1024), decoder_widths=(1024, 512))
+_PARTS = dict(num_categories=16, num_parts=50, out_indices=(3, 7, 11))
+_FIXED_PARTS = {'point_mae_partseg': dict(_PARTS, hidden=(512, 256), propagation_dim=1024, category_dim=64),
+                'point_bert_partseg': dict(_PARTS, hidden=(128,), graph_dim=512, fps_levels=(512, 256))}
 _FORMS = {'point_mae': 'mlp', 'point_bert': 'mlp_nobn'}
 # What the official models compute and weights do not show: where our config says something else, the file would lie.
 _FUNCTION = {'backbone.pos': 'every', 'backbone.norm_eps': 1e-5, 'neck.mode': 'cls+max'}
@@ -151,6 +154,10 @@ def _tell_differences(report: ConvertReport, layout: str, meta: Mapping | None) 
     form, expected = report.sizes.get('form'), _FORMS.get(layout)
     if form != expected:
         report.refused = f'the official classifier has the head form {expected!r}, this model {form!r}'
+    has_token = layout == 'point_bert_partseg'
+    if layout in _FIXED_PARTS and report.sizes['cls_token'] != has_token:
+        report.refused = f'the official part segmentation has {"a" if has_token else "no"} class token '\
+                         f'(cls_token={has_token}), this model has it otherwise'
     model, tokenizer = (_part(meta, 'cfg', 'model', *rest) for rest in ((), ('backbone', 'tokenizer')))
     for path, expected in _FUNCTION.items():
         part, name = path.split('.')
@@ -160,7 +167,10 @@ def _tell_differences(report: ConvertReport, layout: str, meta: Mapping | None) 
     if model and not tokenizer.get('skip_origin', False):
         report.notes.append('the official sampling of centres leaves out points near the origin; this model was '
                             'trained without that rule (skip_origin=False)')
-    odd = [f'{key}={report.sizes[key]}' for key, value in _FIXED.items() if report.sizes.get(key, value) != value]
+    neck = _part(model, 'neck')
+    sizes = {**report.sizes, **{key: tuple(neck[key]) for key in ('out_indices', 'fps_levels') if neck.get(key)}}
+    fixed = {**_FIXED, **_FIXED_PARTS.get(layout, {}), 'propagation_hidden': 4 * sizes.get('embed_dim', 0)}
+    odd = [f'{key}={sizes[key]}' for key, value in fixed.items() if sizes.get(key, value) != value]
     if odd:
         report.notes.append(f'the official code fixes sizes, which have to be changed there: {", ".join(odd)}')
     told = {**tokenizer, **_part(model, 'backbone'), **model}

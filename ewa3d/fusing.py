@@ -16,6 +16,7 @@ from ewa3d.engine.checkpoint import (
     write_checkpoint,
 )
 from ewa3d.engine.plain import to_plain
+from ewa3d.models.build import fill_model
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Report, fuse
 
@@ -120,10 +121,7 @@ def _config_of(meta: Mapping, config: Mapping | None, checkpoint: Path) -> dict:
         cfg = to_plain(config.to_dict() if hasattr(config, 'to_dict') else config, 'config')
         if not isinstance(cfg.get('model'), dict):
             raise ValueError(f'the config for {checkpoint} has no model')
-        classes = (meta.get('dataset_meta') or {}).get('classes')
-        head = cfg['model'].get('head')
-        if isinstance(head, dict) and head.get('num_classes') is None and classes:
-            head['num_classes'] = len(classes)
+        fill_model(cfg['model'], meta.get('dataset_meta') or {}, "checkpoint's")
         cfg['model'] = {k: v for k, v in cfg['model'].items() if k != 'pretrained'}
         return cfg
     if not isinstance(stored, Mapping) or not isinstance(stored.get('model'), Mapping):
@@ -185,6 +183,7 @@ def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str
     Shape:
         - ``points``: ``(batch_size, N, 3 + F)``, ``N`` from the test or training pipeline (else 1024), ``F`` from the
           tokenizer.
+        - ``category``: ``(batch_size,)`` int64, where the neck is told.
     """
     loader = cfg.get('test_dataloader') or cfg.get('train_dataloader') or {}  # pretraining has no test
     sizes = [v for k, v in _items(loader) if k == 'num_points' and isinstance(v, int)]
@@ -198,7 +197,8 @@ def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str
     radius = points[..., :3].norm(dim=-1, keepdim=True)
     scale = 0.3 + 0.7 * torch.rand(batch_size, 1, 3, generator=generator)
     points[..., :3] = points[..., :3] / radius * scale * (0.95 + 0.05 * radius / radius.amax(1, keepdim=True))
-    return dict(points=points)
+    categories = (cfg['model'].get('neck') or {}).get('num_categories')
+    return dict(points=points, category=torch.arange(batch_size) % categories) if categories else dict(points=points)
 
 
 def _items(tree) -> Iterator[tuple]:
@@ -215,7 +215,7 @@ def _items(tree) -> Iterator[tuple]:
 def output_difference(one: nn.Module, other: nn.Module, inputs: Mapping[str, Tensor],
                       dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """The largest difference of two models' raw outputs: ``absolute``, and ``relative`` to the largest output."""
-    inputs = {k: v.to(dtype) for k, v in inputs.items()}
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     first, second = (list(_tensors(_evaluate(copy.deepcopy(model).to(dtype), inputs))) for model in (one, other))
     absolute = max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
     largest = max(float(a.abs().max()) for a in first)

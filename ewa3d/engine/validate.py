@@ -15,6 +15,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, V
 from torch import Tensor, nn
 
 from ewa3d import registry as R
+from ewa3d.models.build import fill_model, wanted_from_data
 from ewa3d.registry import check_keywords, nearest
 from ewa3d.reparam import RULE_KEYS
 
@@ -293,37 +294,31 @@ def dataset_cfgs(loader) -> list[Mapping]:
     return found
 
 
-def _classes_of(loader) -> list | None:
-    """``metainfo['classes']`` of a loader's data set, built without reading the data where it can be."""
+def _metainfo_of(loader) -> Mapping:
+    """The metainfo of a loader's data set, where it has ``classes``; built without reading the data where it can be."""
     for cfg in reversed(dataset_cfgs(loader)):  # the innermost first: wrappers may copy, or have none
         cls = R.DATASETS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
         lazy = 'lazy_init' in inspect.signature(cls.__init__).parameters
         metainfo = getattr(R.DATASETS.build({**cfg, 'lazy_init': True} if lazy else dict(cfg)), 'metainfo', None) or {}
         if metainfo.get('classes'):
-            return list(metainfo['classes'])
-    return None
+            return metainfo
+    return {}
 
 
 def fill_num_classes(cfg, splits=('train', 'val', 'test')) -> None:
-    """Fill ``model.head.num_classes`` in place from the first split that knows its classes.
+    """Fill what the model takes from the data (``model.head.num_classes`` and the like, see
+    :func:`ewa3d.models.build.fill_model`) in place, from the first split that knows its classes.
 
     Raises:
         ValueError: the config gives fewer classes than the data have.
     """
-    head = (cfg.get('model') or {}).get('head')
-    if not isinstance(head, Mapping) or 'type' not in head:
-        return
-    cls = R.MODELS.get(head['type']) if isinstance(head['type'], str) else head['type']
-    if 'num_classes' not in inspect.signature(cls.__init__).parameters:
+    model = cfg.get('model')
+    if not isinstance(model, Mapping) or not wanted_from_data(model):
         return
     for split in splits:
-        classes = _classes_of(cfg.get(f'{split}_dataloader'))
-        if classes:
-            given = head.get('num_classes')
-            if given is not None and given < len(classes):
-                raise ValueError(f'model.head.num_classes is {given}, but the {split} data have {len(classes)} classes '
-                                 f'({", ".join(map(str, classes[:5]))}, …); leave it out to take it from the data')
-            head['num_classes'] = given or len(classes)
+        metainfo = _metainfo_of(cfg.get(f'{split}_dataloader'))
+        if metainfo:
+            fill_model(model, metainfo, split)
             return
 
 

@@ -125,7 +125,10 @@ def model_config(layout: str, state: Mapping[str, Tensor], name: str, given: Map
         if sizes['embed_dim'] % check_integer(f'{name}: {key}', sizes[key], 1):
             raise ValueError(f'{name}: {key}={sizes[key]} does not divide the width of the weights, '
                              f'{sizes["embed_dim"]}; give the {key} of the config that they were trained with')
-    return task.config(sizes), found
+    try:
+        return task.config(sizes), found
+    except ValueError as error:
+        raise ValueError(f'{name}: {error}') from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,10 +201,11 @@ def _read_classifier(read: _Reader) -> dict:
 
 
 def _read_mae_parts(read: _Reader) -> dict:
-    first, second = (f'neck.propagation_0.mlp_convs.{i}.weight' for i in range(2))
-    return dict(_read_backbone(read), num_categories=read.size('neck.label_conv.0.weight', 1),
-                category_dim=read.size('neck.label_conv.0.weight'), propagation_widths=(read.size(first),
-                                                                                       read.size(second)),
+    backbone, label, first = _read_backbone(read), 'neck.label_conv.0.weight', 'neck.propagation_0.mlp_convs.0.weight'
+    joined = read.size(first, 1) - backbone['in_channels']
+    return dict(backbone, num_outputs=joined // backbone['embed_dim'], num_categories=read.size(label, 1),
+                category_dim=read.size(label), propagation_hidden=read.size(first),
+                propagation_dim=read.size('neck.propagation_0.mlp_convs.1.weight'),
                 hidden=tuple(read.size(f'head.layers.{i}.weight') for i in (0, 4)),
                 num_parts=read.size('head.layers.7.weight'))
 
@@ -209,7 +213,7 @@ def _read_mae_parts(read: _Reader) -> dict:
 def _read_bert_parts(read: _Reader) -> dict:
     backbone = _read_backbone(read)
     columns = read.size('neck.propagation_0.mlp_convs.0.weight', 1)
-    return dict(backbone, num_categories=columns - backbone['embed_dim'] - backbone['in_channels'],
+    return dict(backbone, num_outputs=3, num_categories=columns - backbone['embed_dim'] - backbone['in_channels'],
                 propagation_hidden=read.size('neck.propagation_0.mlp_convs.0.weight'),
                 graph_dim=read.size('neck.dgcnn_pro_1.layer1.0.weight'), hidden=(read.size('head.layers.0.weight'),),
                 num_parts=read.size('head.layers.4.weight'))
@@ -269,7 +273,8 @@ def _classifier(sizes: Mapping) -> dict:
 
 
 def _mae_parts(sizes: Mapping) -> dict:
-    neck = dict(type='PointFeaturePropagation', widths=sizes['propagation_widths'], category_dim=sizes['category_dim'])
+    neck = dict(type='PointFeaturePropagation', hidden=sizes['propagation_hidden'], out_dim=sizes['propagation_dim'],
+                category_dim=sizes['category_dim'])
     return _parts(sizes, neck)
 
 
@@ -280,6 +285,9 @@ def _bert_parts(sizes: Mapping) -> dict:
 
 
 def _parts(sizes: Mapping, neck: dict) -> dict:
+    if len(sizes['out_indices']) != sizes['num_outputs']:
+        raise ValueError(f'out_indices={tuple(sizes["out_indices"])}: the weights take the features of '
+                         f'{sizes["num_outputs"]} blocks')
     neck.update({key: sizes[key] for key in ('out_indices', 'num_categories')})
     head = dict(type='PartSegHead', **{key: sizes[key] for key in ('num_parts', 'hidden', 'parts')})
     return dict(type='TaskModel', backbone=_backbone(sizes), neck=neck, head=head)

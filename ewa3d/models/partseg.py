@@ -77,7 +77,8 @@ class PartSegHead(nn.Module):
         x = x.flatten(0, 1)  # (B N, hidden)
         for layer in rest:
             x = layer(x)
-        return x.view(B, N, -1).float().log_softmax(-1)
+        x = x.view(B, N, -1)
+        return x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1)
 
     def loss(self, feats: PointFeatures, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """``loss_seg`` over all points and, as a statistic, their accuracy ``acc`` in percent."""

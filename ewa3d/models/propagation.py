@@ -136,7 +136,8 @@ class PointFeaturePropagation(_Propagation):
         embed_dim, in_channels, num_prefix_tokens: the backbone's; ``TaskModel`` fills them in. ``in_channels`` is 3
             and the number of extra features (normals), which join the coordinates of each point.
         out_indices: the blocks whose features are taken.
-        widths: of the two layers.
+        hidden: width of the propagation's first layer; four times ``embed_dim`` by default.
+        out_dim: of its second.
         num_categories: of the clouds; 0 for a model that is not told.
         category_dim: width of the category's embedding.
 
@@ -150,17 +151,17 @@ class PointFeaturePropagation(_Propagation):
     """
 
     def __init__(self, embed_dim: int | None = None, out_indices: Sequence[int] = (3, 7, 11),
-                 widths: Sequence[int] = (1536, 1024), num_categories: int | None = None, category_dim: int = 64,
-                 in_channels: int = 3, num_prefix_tokens: int = 0):
+                 hidden: int | None = None, out_dim: int = 1024, num_categories: int | None = None,
+                 category_dim: int = 64, in_channels: int = 3, num_prefix_tokens: int = 0):
         super().__init__(embed_dim, out_indices, num_categories, in_channels, num_prefix_tokens)
-        for width in (*widths, category_dim):
-            check_integer('PointFeaturePropagation: each of widths, and category_dim,', width, 1)
+        for name, value in (('hidden', hidden or 1), ('out_dim', out_dim), ('category_dim', category_dim)):
+            check_integer(f'PointFeaturePropagation: {name}', value, 1)
         joined = len(out_indices) * embed_dim
         if num_categories:
             self.label_conv = nn.Sequential(Pointwise(num_categories, category_dim, bias=False),
                                             nn.BatchNorm1d(category_dim), nn.LeakyReLU(0.2))
-        self.propagation_0 = FeaturePropagation(joined, in_channels, widths)
-        self._channels = widths[-1] + 2 * joined + (category_dim if num_categories else 0)
+        self.propagation_0 = FeaturePropagation(joined, in_channels, (hidden or 4 * embed_dim, out_dim))
+        self._channels = out_dim + 2 * joined + (category_dim if num_categories else 0)
 
     def out_channels(self, embed_dim: int | None = None) -> int:
         """Width of the result, of points and clouds together."""
