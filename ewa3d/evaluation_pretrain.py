@@ -11,10 +11,10 @@ from ewa3d.models.dvae import code_usage, count_codes
 from ewa3d.ops.chamfer import chamfer_distance
 from ewa3d.registry import METRICS, nearest
 
-__all__ = ['CodeUsage', 'ReconstructionError', 'TokenAccuracy']
+__all__ = ['CodeUsage', 'ReconstructionError', 'SummedMetric', 'TokenAccuracy']
 
 
-class _SummedMetric(BaseMetric):
+class SummedMetric(BaseMetric):
     """A metric of sums over samples: ``self.sums`` is a float64 tensor, added up over batches and ranks."""
     default_prefix = ''
 
@@ -62,7 +62,7 @@ class _SummedMetric(BaseMetric):
 
 
 @METRICS.register_module()
-class ReconstructionError(_SummedMetric):
+class ReconstructionError(SummedMetric):
     """Chamfer distances between reconstructed clouds and what the model was given, times 1000 as they are published:
     ``CD-L1`` (half the sum of mean distances) and ``CD-L2`` (the sum of mean squared distances), means over the clouds.
 
@@ -89,7 +89,7 @@ class ReconstructionError(_SummedMetric):
 
 
 @METRICS.register_module()
-class CodeUsage(_SummedMetric):
+class CodeUsage(SummedMetric):
     """How much of its vocabulary a tokenizer uses over a data set: ``codes_used`` in percent of all codes,
     ``codes`` their number, and ``code_perplexity``, the number of codes that an even use would need.
 
@@ -128,7 +128,7 @@ class CodeUsage(_SummedMetric):
 
 
 @METRICS.register_module()
-class TokenAccuracy(_SummedMetric):
+class TokenAccuracy(SummedMetric):
     """``token_acc``: the share of masked patches, in percent, for which the tokenizer's code was predicted.
 
     Each sample has ``pred_tokens``, ``gt_tokens`` and ``masked`` ``(G,)``.
