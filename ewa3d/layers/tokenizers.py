@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer
-from ewa3d.layers.block import Pointwise, init_vit
+from ewa3d.layers.block import Pointwise, init_vit, pointwise
 from ewa3d.ops import fps, gather, neighbours, patch_max
 from ewa3d.registry import MODELS
 from ewa3d.structures import Tokens
@@ -39,21 +39,24 @@ class PatchEncoder(nn.Module):
                                          Pointwise(outer, out_channels))
 
     def forward(self, patches: Tensor, keep: Tensor | None = None) -> Tensor:
-        P, K, C = patches.shape
-        x = self.first_conv(patches.reshape(P * K, C))  # (P K, middle)
+        first, norm, activation, second = self.first_conv
+        x = second(_normed(first(patches), norm, activation))  # (P, K, middle)
         _, norm, activation, last = self.second_conv
-        x = norm(self._stage_two_input(x, K))  # (P K, outer)
+        x = _normed(self._stage_two_input(x), norm, activation)  # (P, K, outer)
         if keep is not None:  # behind the last batch statistics, which are those of all patches with and without it
-            x = x.view(P, K, -1).index_select(0, keep)  # (V, K, outer)
-        x = last(activation(x))
-        return patch_max(x.view(-1, K, x.shape[-1]))
+            x = x.index_select(0, keep)
+        return patch_max(last(x))
 
-    def _stage_two_input(self, x: Tensor, K: int) -> Tensor:
+    def _stage_two_input(self, x: Tensor) -> Tensor:
         linear = self.second_conv[0]
         of_maximum, of_point = linear.weight.chunk(2, 1)
-        shared = F.linear(patch_max(x.view(-1, K, x.shape[1])), of_maximum, linear.bias)  # (P, outer)
-        x = F.linear(x, of_point).view(-1, K, shared.shape[1]) + shared.unsqueeze(1)
-        return x.flatten(0, 1)  # (P K, outer)
+        shared = F.linear(patch_max(x), of_maximum, linear.bias)  # (P, outer)
+        return pointwise(x, of_point) + shared.unsqueeze(1)
+
+
+def _normed(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
+    """Norm and activation of the points of all patches: ``(P, K, C)``, kept."""
+    return activation(norm(x.flatten(0, 1))).view(x.shape)  # the view comes last: one of them is in place
 
 
 @MODELS.register_module()
