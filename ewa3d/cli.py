@@ -243,6 +243,7 @@ def test(args) -> int:
     from ewa3d.engine.hooks import unwrapped
     from ewa3d.engine.runner import Runner
     from ewa3d.engine.validate import check_config
+    from ewa3d.evaluation import is_of_one_class
     from ewa3d.files import atomic_write
     check_config(cfg, training=False)  # all that it has, before the parts for training are left out
     checkpoint = read_checkpoint(args.checkpoint)
@@ -268,7 +269,8 @@ def test(args) -> int:
                   'seed': meta.get('seed', runner.seed)}
         if is_main_process():
             out = atomic_write(Path(cfg.work_dir) / 'metrics.json', json.dumps(result, indent=2) + '\n')
-            sys.stdout.write('  '.join(f'{k} {v:.2f}' for k, v in metrics.items() if 'acc/' not in k) + f'  → {out}\n')
+            shown = (f'{k} {v:.2f}' for k, v in metrics.items() if not is_of_one_class(k))
+            sys.stdout.write('  '.join(shown) + f'  → {out}\n')
     finally:
         _leave_group()
     return 0

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.engine.hooks import unwrapped, walk_datasets
+from ewa3d.evaluation import is_of_one_class
 from ewa3d.registry import HOOKS
 from ewa3d.structures import Sample
 
@@ -158,7 +159,7 @@ class VotingHook(Hook):
         loader = runner.build_dataloader({**cfg, 'dataset': dataset})
         runner.test_evaluator.process(data_samples=vote(runner.model, loader, self.times))
         voted = runner.test_evaluator.evaluate(len(loader.dataset))
-        metrics.update({f'{key}_vote{self.times}': value for key, value in voted.items() if 'acc/' not in key})
+        metrics.update({f'{key}_vote{self.times}': value for key, value in voted.items() if not is_of_one_class(key)})
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from ewa3d.engine.averaging import attach_ewa
+from ewa3d.evaluation import is_of_one_class
 from ewa3d.files import atomic_write
 from ewa3d.registry import HOOKS
 
@@ -300,11 +301,11 @@ class LoggerHook(_LoggerHook):
 
 
 def _summary(metrics) -> str:
-    return '  '.join(f'{k}: {v:.2f}' for k, v in (metrics or {}).items() if 'acc/' not in k)
+    return '  '.join(f'{k}: {v:.2f}' for k, v in (metrics or {}).items() if not is_of_one_class(k))
 
 
 def _table(metrics) -> str:
-    rows = {k.rpartition('acc/')[2]: v for k, v in (metrics or {}).items() if 'acc/' in k}
+    rows = {k.rpartition('acc/')[2]: v for k, v in (metrics or {}).items() if is_of_one_class(k)}
     width = max(map(len, rows), default=0)
     return '\n'.join(f'  {name:<{width}}  {value:6.2f}' for name, value in rows.items())
 

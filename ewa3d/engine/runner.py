@@ -28,6 +28,7 @@ from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.plain import to_plain
 from ewa3d.engine.validate import check_config, fill_num_classes, selection
+from ewa3d.evaluation import is_of_one_class
 from ewa3d.files import atomic_write
 from ewa3d.registry import PARAM_SCHEDULERS, RUNNERS
 
@@ -214,7 +215,7 @@ class Runner(_Runner):
             self.logger.info(f'reported: {self.message_hub.get_info("best_ckpt")}, '
                              f'score {self.message_hub.get_info("best_score"):.2f}')
         elif self.last_metrics:
-            result = '  '.join(f'{k} {v:.2f}' for k, v in self.last_metrics.items() if 'acc/' not in k)
+            result = '  '.join(f'{k} {v:.2f}' for k, v in self.last_metrics.items() if not is_of_one_class(k))
             self.logger.info(f'reported: last epoch ({self.epoch}): {result}')
         return model
 
