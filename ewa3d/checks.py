@@ -1,9 +1,10 @@
 """Checks of values that people give: the message names the keyword, the value and what was expected."""
 import math
 import operator
+from collections.abc import Iterable
 from numbers import Integral, Real
 
-__all__ = ['check_integer', 'check_number', 'is_integer', 'is_number']
+__all__ = ['check_integer', 'check_number', 'is_integer', 'is_number', 'some']
 
 
 def is_integer(value) -> bool:
@@ -48,3 +49,9 @@ def check_number(name: str, value, within: str = '[0, 1]') -> float:
     if not (above and below and math.isfinite(number)):
         raise ValueError(f'{name} must lie in {within}, got {number}')
     return number
+
+
+def some(items: Iterable, count: int = 6) -> str:
+    """The first ``count`` of ``items`` for an error message, and how many there are."""
+    items = list(map(str, items))
+    return ', '.join(items[:count]) + (f', … ({len(items)} in all)' if len(items) > count else '') or 'nothing'

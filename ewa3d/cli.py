@@ -1,4 +1,4 @@
-"""The commands ``train``, ``test``, ``fuse`` and ``quickstart``.
+"""The commands ``train``, ``test``, ``fewshot``, ``fuse``, ``convert`` and ``quickstart``.
 
 ``tools/*.py`` and the console script ``ewa3d`` call :func:`main`.
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
-__all__ = ['main', 'train', 'test', 'fuse', 'load_config']
+__all__ = ['main', 'train', 'test', 'fewshot', 'fuse', 'convert', 'load_config']
 
+EVALUATING = ('LoggerHook', 'LinearSVMHook', 'VotingHook')  # hooks that a test keeps
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 
@@ -22,8 +23,8 @@ CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
-    0: done. 1: ``fuse`` refuses to write. 2: bad input, told in one line. 3: anything else, with its traceback.
-    130: interrupted.
+    0: done. 1: ``fuse`` or ``convert`` refuses to write. 2: bad input, told in one line. 3: anything else, with its
+    traceback. 130: interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['quickstart']:
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         return 3
     except KeyboardInterrupt:
-        sys.stderr.write('interrupted; train --resume continues from the last checkpoint\n')
+        sys.stderr.write('interrupted; train --resume (or fewshot again) continues from the last checkpoint\n')
         return 130
 
 
@@ -70,16 +71,17 @@ class _Options(DictAction):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('ewa3d', description='Train, evaluate and fuse point transformers.')
-    commands = parser.add_subparsers(required=True, metavar='{train,test,fuse,quickstart}')
+    commands = parser.add_subparsers(required=True, metavar='{train,test,fewshot,fuse,convert,quickstart}')
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    running = argparse.ArgumentParser(add_help=False, parents=[common])
-    running.add_argument('--work-dir', help='default: work_dirs/<name of the config>')
+    configured = argparse.ArgumentParser(add_help=False, parents=[common])
+    configured.add_argument('--work-dir', help='default: work_dirs/<name of the config>')
+    configured.add_argument('--cfg-options', nargs='+', action=_Options, default={}, metavar='k=v',
+                            help='override parts of the config: train_cfg.max_epochs=30')
+    running = argparse.ArgumentParser(add_help=False, parents=[configured])
     running.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none')
     running.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
-    running.add_argument('--cfg-options', nargs='+', action=_Options, default={}, metavar='k=v',
-                         help='override parts of the config: train_cfg.max_epochs=30')
 
     command = commands.add_parser('train', parents=[running], help='train a model')
     command.add_argument('config')
@@ -95,7 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('checkpoint')
     command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default',
                          help="of a run with EMA; default: the averaged ones, which its 'state_dict' holds")
+    command.add_argument('--vote', type=int, nargs='?', const=10, metavar='TIMES',
+                         help='report beside the plain numbers those of logits averaged over so many (10) passes, each '
+                              "drawn and augmented by the config's vote_pipeline, or else as in training")
     command.set_defaults(command=test)
+
+    command = commands.add_parser('fewshot', parents=[configured],
+                                  help='train on every fold of a few-shot task; mean and std over folds')
+    command.add_argument('config')
+    command.add_argument('--way', type=int, help="number of classes; default: the config's")
+    command.add_argument('--shot', type=int, help="training clouds of each; default: the config's")
+    command.add_argument('--folds', type=int, default=10, help='default: 10; those that are done are skipped')
+    command.add_argument('--pretrained', metavar='PATH', help='weights to start from: model.pretrained of the config')
+    command.add_argument('--seed', type=int, help="of every fold; default: the config's, else 0")
+    command.add_argument('--keep-checkpoints', action='store_true', help='they are deleted when a fold is done')
+    command.set_defaults(command=fewshot)
 
     command = commands.add_parser('fuse', parents=[common], help='write the plain weights of a checkpoint')
     command.add_argument('checkpoint')
@@ -104,6 +120,15 @@ def _parser() -> argparse.ArgumentParser:
                                           'by default the config comes from the checkpoint, as data')
     command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default')
     command.set_defaults(command=fuse)
+
+    command = commands.add_parser('convert', parents=[common], help='official Point-MAE and Point-BERT weights to ours')
+    command.add_argument('kind', choices=['point-mae', 'point-bert', 'dvae'], help='point-bert takes its dVAE as well')
+    command.add_argument('source', metavar='SRC')
+    command.add_argument('out', metavar='OUT', help='*.pth or *.safetensors')
+    command.add_argument('--to-official', action='store_true', help='the way back; experts are averaged')
+    command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default',
+                         help='which ones of a run with EMA go --to-official')
+    command.set_defaults(command=convert)
 
     commands.add_parser('quickstart', help='train plain and with EWA on embedded data, fuse, compare', add_help=False)
     return parser
@@ -260,16 +285,19 @@ def test(args) -> int:
     from ewa3d.engine.hooks import unwrapped
     from ewa3d.engine.runner import Runner
     from ewa3d.engine.validate import check_config
+    from ewa3d.evaluation import is_of_one_class
     from ewa3d.files import atomic_write
     check_config(cfg, training=False)  # all that it has, before the parts for training are left out
     checkpoint = read_checkpoint(args.checkpoint)
     weights, kind = select_weights(checkpoint, args.weights)
     meta = checkpoint.get('meta') or {}
+    keep = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if v and v.get('type') in EVALUATING}
+    if args.vote is not None:
+        keep['vote'] = dict(type='VotingHook', times=args.vote, pipeline=_vote_pipeline(cfg))
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
         cfg[key] = None
     cfg.resume = False
-    keep = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if v and v.get('type') == 'LoggerHook'}
     cfg.default_hooks, cfg.custom_hooks = keep, None
     try:
         runner = Runner.from_cfg(cfg)
@@ -283,10 +311,20 @@ def test(args) -> int:
                   'seed': meta.get('seed', runner.seed)}
         if is_main_process():
             out = atomic_write(Path(cfg.work_dir) / 'metrics.json', json.dumps(result, indent=2) + '\n')
-            sys.stdout.write('  '.join(f'{k} {v:.2f}' for k, v in metrics.items() if 'acc/' not in k) + f'  → {out}\n')
+            shown = (f'{k} {v:.2f}' for k, v in metrics.items() if not is_of_one_class(k))
+            sys.stdout.write('  '.join(shown) + f'  → {out}\n')
     finally:
         _leave_group()
     return 0
+
+
+def _vote_pipeline(cfg: Config) -> list:
+    from ewa3d.engine.derive import dataset_cfgs
+    training = dataset_cfgs(cfg.get('train_dataloader'))
+    pipeline = cfg.get('vote_pipeline') or (training[-1].get('pipeline') if training else None)
+    if not pipeline:
+        raise ValueError('--vote: the config has neither a vote_pipeline nor a pipeline of its training data')
+    return pipeline
 
 
 def _check_classes(meta: dict, runner, checkpoint: str) -> None:
@@ -313,10 +351,24 @@ def _describe_data(cfg: Config, dataset) -> dict:
                 points=None if points is None else int(points.shape[0]), samples=samples)
 
 
+def fewshot(args) -> int:
+    """Train and evaluate every fold of a few-shot task."""
+    from ewa3d.fewshot import command
+    return command(args)
+
+
 def fuse(args) -> int:
     """Write the plain weights of a checkpoint, checked against the expanded model."""
     from ewa3d.fusing import fuse_checkpoint
     report = fuse_checkpoint(args.checkpoint, args.out, config=args.config and load_config(args.config),
                              weights=args.weights)
+    sys.stdout.write(f'{report}\n')
+    return 0 if report.written else 1
+
+
+def convert(args) -> int:
+    """Rename official weights to ours, or ours to official ones."""
+    from ewa3d.convert import convert_checkpoint
+    report = convert_checkpoint(args.kind, args.source, args.out, args.to_official, args.weights)
     sys.stdout.write(f'{report}\n')
     return 0 if report.written else 1

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from ewa3d.registry import METRICS
 
-__all__ = ['Accuracy']
+__all__ = ['Accuracy', 'is_of_one_class']
+
+PER_CLASS = ('acc/', 'IoU/', 'IoU_all/')
+
+
+def is_of_one_class(key: str) -> bool:
+    """Whether a metric is that of one class, ``acc/chair``: it goes into files and tables, not into summaries."""
+    return any(mark in key for mark in PER_CLASS)
 
 
 @METRICS.register_module()

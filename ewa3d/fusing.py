@@ -8,9 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ewa3d.engine.checkpoint import SUFFIXES, load_model_state, read_checkpoint, select_weights, write_checkpoint
+from ewa3d.engine.checkpoint import (
+    check_target,
+    load_model_state,
+    read_checkpoint,
+    select_weights,
+    write_checkpoint,
+)
 from ewa3d.engine.plain import to_plain
-from ewa3d.models.weights import num_outputs
+from ewa3d.models.build import fill_from_checkpoint
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Report, fuse
 
@@ -61,13 +67,7 @@ def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | N
         ValueError: ``out`` has another suffix or is the checkpoint itself, or the checkpoint has no config or does not
             fit it.
     """
-    checkpoint, out = Path(checkpoint), Path(out)
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f'{out}: the name must end in .pth or .safetensors, got {out.suffix!r}')
-    if out.is_dir():
-        raise ValueError(f'{out} is a folder; the name of a file was expected')
-    if out.resolve() == checkpoint.resolve():
-        raise ValueError(f'{out} is the checkpoint itself; give another name, the expanded weights are lost otherwise')
+    checkpoint, out = Path(checkpoint), check_target(out, checkpoint)
     content = read_checkpoint(checkpoint)
     meta = dict(content.get('meta') or {})
     cfg = _config_of(content, config, checkpoint)
@@ -122,10 +122,7 @@ def _config_of(content: Mapping, config: Mapping | None, checkpoint: Path) -> di
         cfg = to_plain(config.to_dict() if hasattr(config, 'to_dict') else config, 'config')
         if not isinstance(cfg.get('model'), dict):
             raise ValueError(f'the config for {checkpoint} has no model')
-        classes = (meta.get('dataset_meta') or {}).get('classes')
-        head = cfg['model'].get('head')
-        if isinstance(head, dict) and head.get('num_classes') is None:
-            head['num_classes'] = len(classes) if classes else num_outputs(content)
+        fill_from_checkpoint(cfg['model'], content)
         cfg['model'] = {k: v for k, v in cfg['model'].items() if k != 'pretrained'}
         return cfg
     if not isinstance(stored, Mapping) or not isinstance(stored.get('model'), Mapping):
@@ -185,9 +182,12 @@ def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str
     """Generated clouds of the shape that the model of ``cfg`` takes: noisy ellipsoids in the unit ball.
 
     Shape:
-        - ``points``: ``(batch_size, N, 3 + F)``, ``N`` from the test pipeline (else 1024), ``F`` from the tokenizer.
+        - ``points``: ``(batch_size, N, 3 + F)``, ``N`` from the test or training pipeline (else 1024), ``F`` from the
+          tokenizer.
+        - ``category``: ``(batch_size,)`` int64, where the neck is told.
     """
-    sizes = [v for k, v in _items(cfg.get('test_dataloader') or {}) if k == 'num_points' and isinstance(v, int)]
+    loader = cfg.get('test_dataloader') or cfg.get('train_dataloader') or {}  # pretraining has no test
+    sizes = [v for k, v in _items(loader) if k == 'num_points' and isinstance(v, int)]
     tokenizer = (cfg['model'].get('backbone') or {}).get('tokenizer') or {}
     channels = [v for k, v in _items(tokenizer) if k == 'in_channels' and isinstance(v, int)]
     size, width = max(sizes, default=1024), max(channels, default=3)
@@ -198,7 +198,8 @@ def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str
     radius = points[..., :3].norm(dim=-1, keepdim=True)
     scale = 0.3 + 0.7 * torch.rand(batch_size, 1, 3, generator=generator)
     points[..., :3] = points[..., :3] / radius * scale * (0.95 + 0.05 * radius / radius.amax(1, keepdim=True))
-    return dict(points=points)
+    categories = (cfg['model'].get('neck') or {}).get('num_categories')
+    return dict(points=points, category=torch.arange(batch_size) % categories) if categories else dict(points=points)
 
 
 def _items(tree) -> Iterator[tuple]:
@@ -215,17 +216,25 @@ def _items(tree) -> Iterator[tuple]:
 def output_difference(one: nn.Module, other: nn.Module, inputs: Mapping[str, Tensor],
                       dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """The largest difference of two models' raw outputs: ``absolute``, and ``relative`` to the largest output."""
-    inputs = {k: v.to(dtype) for k, v in inputs.items()}
-    first, second = (list(_tensors(copy.deepcopy(model).to(dtype).eval()(inputs, mode='tensor')))
-                     for model in (one, other))
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    first, second = (list(_tensors(_evaluate(copy.deepcopy(model).to(dtype), inputs))) for model in (one, other))
     absolute = max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
     largest = max(float(a.abs().max()) for a in first)
     return dict(absolute=absolute, relative=absolute / max(largest, torch.finfo(dtype).tiny))
 
 
+def _evaluate(model: nn.Module, inputs: Mapping[str, Tensor]):
+    """The raw output in eval mode; what is drawn at random (masks) is the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model.eval()(inputs, mode='tensor')
+
+
 def _tensors(output) -> Iterator[Tensor]:
+    """The floating-point tensors of an output; numbers of tokens and the like have no size to compare."""
     if isinstance(output, Tensor):
-        yield output
+        if output.is_floating_point():
+            yield output
     else:
         for value in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(value)

@@ -18,10 +18,11 @@ import torch
 from ewa3d.files import atomic_write
 from ewa3d.registry import nearest
 
-__all__ = ['draw_clouds', 'draw_predictions', 'draw_curves', 'draw_confusion', 'write_ply', 'palette']
+__all__ = ['draw_clouds', 'draw_predictions', 'draw_reconstructions', 'draw_curves', 'draw_confusion', 'write_ply',
+           'palette']
 
 INK, MUTED = '#23272f', '#8a919c'
-RIGHT, WRONG, PLAIN = '#1f8a70', '#d1495b', '#3a6ea5'
+RIGHT, WRONG, PLAIN, MADE, GREY = '#1f8a70', '#d1495b', '#3a6ea5', '#e07b39', '#b9bec6'
 # Twelve colours that stay apart in print and for most colour-blind readers; more labels repeat them.
 PALETTE = ('#3a6ea5', '#e07b39', '#1f8a70', '#d1495b', '#7b5ea7', '#d4a017', '#4aa8c0', '#8c564b', '#6b8e23', '#c770a8',
            '#5b6c8f', '#b35c1e')
@@ -30,7 +31,8 @@ UP_AXES = {'x': (1, 2, 0), 'y': (2, 0, 1), 'z': (0, 1, 2)}  # even permutations:
 
 def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, colors: Sequence | None = None,
                 title_colors: Sequence[str] | None = None, columns: int | None = None, heading: str = '',
-                up: str = 'z', azimuth: float = 40., elevation: float = 22., size: float = 2.2) -> Path:
+                frames: Sequence | None = None, up: str = 'z', azimuth: float = 40., elevation: float = 22.,
+                size: float = 2.2) -> Path:
     """A grid of point clouds, each centred and scaled to its cell, as a PNG.
 
     Args:
@@ -38,6 +40,7 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
         titles: a line below each cloud. title_colors: its colour.
         colors: by cloud, a colour for all points, or ``(N_i, 3)`` RGB in [0, 1] or uint8, or ``(N_i,)`` integer labels.
         columns: of the grid; by default as square as it gets, at most 8.
+        frames: by cloud, the points that fill the cell; the cloud's own unless given. What is outside is cut off.
         up: the data's vertical axis, ``'x'``, ``'y'`` or ``'z'``.
         azimuth, elevation: degrees; where the viewer stands. size: inches of a cell.
 
@@ -49,6 +52,8 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
     titles = _per_cloud(titles, count, '', 'titles')
     title_colors = _per_cloud(title_colors, count, INK, 'title_colors')
     colors = _per_cloud(colors, count, PLAIN, 'colors')
+    frames = arrays if frames is None else \
+        [_cloud(frame, f'frames[{i}]') for i, frame in enumerate(_per_cloud(frames, count, None, 'frames'))]
     view = _view(up, azimuth, elevation)
     columns = columns or min(8, math.ceil(math.sqrt(count)))
     if columns < 1:
@@ -63,7 +68,7 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
         row, column = divmod(i, columns)
         bottom = height - top - (row + 1) * (size + line) + line
         axes = figure.add_axes((column * size / width, bottom / height, size / width, size / height))
-        _scatter(axes, points @ view.T, _point_colors(colors[i], len(points), f'colors[{i}]'), size)
+        _scatter(axes, points @ view.T, _point_colors(colors[i], len(points), f'colors[{i}]'), size, frames[i] @ view.T)
         if titles[i]:
             figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, titles[i], color=title_colors[i],
                         ha='center', va='top', fontsize=9)
@@ -90,6 +95,35 @@ def draw_predictions(clouds: Sequence, truth: Sequence[int], predicted: Sequence
     marks = [RIGHT if ok else WRONG for ok in right]
     return draw_clouds(clouds, path, titles=titles, title_colors=marks,
                        **{'colors': [PLAIN if ok else WRONG for ok in right], **kwargs})
+
+
+def draw_reconstructions(clouds: Sequence, reconstructed: Sequence, path, *, visible: Sequence | None = None,
+                         titles: Sequence[str] | None = None, **kwargs) -> Path:
+    """:func:`draw_clouds` with one row a cloud: as it is, what a model saw of it, what the model made of that.
+
+    Args:
+        clouds, reconstructed: arrays or tensors ``(N_i, 3 + F)`` and ``(M_i, 3)``, in the same coordinates.
+        visible: ``(V_i, 3)``, drawn by itself and, in grey, with the reconstruction; without it there are two columns.
+        titles: of the clouds. kwargs: of :func:`draw_clouds`.
+    """
+    clouds = _listed(clouds, 'clouds')
+    made = _per_cloud(reconstructed, len(clouds), None, 'reconstructed')
+    seen = _per_cloud(visible, len(clouds), None, 'visible')
+    titles = _per_cloud(titles, len(clouds), 'input', 'titles')
+    cells = []
+    for i, cloud in enumerate(clouds):
+        cloud, points = _cloud(cloud, f'clouds[{i}]'), _cloud(made[i], f'reconstructed[{i}]')
+        cells.append((cloud, PLAIN, titles[i], cloud))
+        rgb = np.tile(_rgb(MADE), (len(points), 1))
+        if seen[i] is not None:
+            behind = _cloud(seen[i], f'visible[{i}]')
+            cells.append((behind, PLAIN, 'visible', cloud))
+            points = np.concatenate([points, behind])
+            rgb = np.concatenate([rgb, np.tile(_rgb(GREY), (len(behind), 1))])
+        cells.append((points, rgb, 'reconstructed', cloud))
+    points, colors, names, frames = map(list, zip(*cells))
+    return draw_clouds(points, path, **{'titles': names, 'colors': colors, 'frames': frames,
+                                        'columns': len(cells) // len(clouds), **kwargs})
 
 
 def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', heading: str = '') -> Path:
@@ -186,18 +220,19 @@ def write_ply(path, points, colors=None) -> Path:
 def palette(labels) -> np.ndarray:
     """RGB in [0, 1] for integer labels, ``(N,)`` → ``(N, 3)``; negative labels (ignored points) are grey."""
     labels = _numpy(labels).astype(np.int64)
-    table = np.array([_rgb(color) for color in (*PALETTE, '#b9bec6')])
+    table = np.array([_rgb(color) for color in (*PALETTE, GREY)])
     return table[np.where(labels < 0, len(PALETTE), labels % len(PALETTE))]
 
 
-def _scatter(axes, seen: np.ndarray, rgb: np.ndarray, size: float) -> None:
+def _scatter(axes, seen: np.ndarray, rgb: np.ndarray, size: float, frame: np.ndarray) -> None:
     """Points in view coordinates (right, away, up): near ones in front, larger and darker; far ones fade to white."""
-    seen = seen - (seen.min(0) + seen.max(0)) / 2
-    half = np.maximum(seen.max(0), 1e-12)  # of the extent, by view axis
+    low, high = frame.min(0), frame.max(0)
+    seen = seen - (low + high) / 2
+    half = np.maximum((high - low) / 2, 1e-12)  # of the extent, by view axis
     order = np.argsort(-seen[:, 1], kind='stable')
-    near = 0.5 - 0.5 * seen[order, 1] / half[1]  # 0 far, 1 near
+    near = np.clip(0.5 - 0.5 * seen[order, 1] / half[1], 0, 1)  # 0 far, 1 near
     fade = (0.7 * (1 - near) ** 1.3)[:, None]
-    light = (0.9 + 0.1 * seen[order, 2] / half[2])[:, None]  # from above
+    light = (0.9 + 0.1 * np.clip(seen[order, 2] / half[2], -1, 1))[:, None]  # from above
     fill = rgb[order] * light * (1 - fade) + fade
     area = float(np.clip(6000 / len(seen), 1.2, 20)) * (size / 2.2) ** 2
     plane = seen[order][:, [0, 2]] / max(half[0], half[2])

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from ewa3d.bench import SUITES, Case, Settings, harness, main, measure, report
-from ewa3d.bench.ops import fps_mask_assign, knn_cdist, knn_centred_product
+from ewa3d.bench.ops import chamfer_cdist, fps_mask_assign, knn_cdist, knn_centred_product
+from ewa3d.bench.pretrain import QUICK, NaivePointMAE, autoencoder
+from ewa3d.models.weights import rename
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -136,3 +138,28 @@ def test_portable_forms_compute_the_real_thing():
     assert torch.equal(by_cdist, index) and torch.equal(by_product, index)
     torch.testing.assert_close(distance.square(), squared)
     torch.testing.assert_close(product, squared)
+    torch.testing.assert_close(chamfer_cdist(query, points), ops.chamfer_distance(query, points))
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_naive_point_mae_computes_the_same_thing(training):
+    """Loss, gradients and batch statistics, on the same weights, clouds and masks."""
+    size = dict(QUICK, num_groups=10, depth=3, decoder_depth=2)
+    ours = autoencoder(size, drop_path=0.).double().train(training)
+    naive = NaivePointMAE(ours, size, drop_path=0.).double().train(training)
+    points = torch.randn(3, size['points'], 3, dtype=torch.float64)
+    mask = torch.stack([torch.randperm(10) < 6 for _ in range(3)])
+    losses = [ours(points, mode='loss', mask=mask)['loss_chamfer'], naive(points, mask)]
+    torch.testing.assert_close(*losses)
+    grads = []
+    for model, loss in zip((ours, naive), losses):
+        loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    renamed = rename(grads[0], 'point_mae_pretrain', reverse=True)
+    assert set(renamed) == set(grads[1])
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(renamed[name], grad, msg=name)
+    buffers = rename(dict(ours.named_buffers()), 'point_mae_pretrain', reverse=True)
+    for name, buffer in naive.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, msg=name)
+    assert naive._mask(5, 10).sum(1).tolist() == [6] * 5

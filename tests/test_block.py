@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ewa3d.layers.block import Attention, Block, DropPath, Mlp, attend
+from ewa3d.layers.block import Attention, Block, DropPath, Mlp, Pointwise, attend, pointwise
 
 
 def naive_attention(layer: Attention, x):
@@ -234,3 +234,30 @@ def test_block_in_bf16_autocast_trains():
     torch.testing.assert_close(block.eval()(x), block(x))
     y.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('shape', [(5, 7, 4), (2, 1, 4), (1, 6, 4), (3, 5, 1), (9, 4), (2, 3, 5, 4), (0, 3, 4)])
+def test_pointwise_is_the_linear_map(shape, dtype):
+    """Patches in float32 take another kernel."""
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    weight = torch.randn(6, 2 * shape[-1], dtype=dtype, requires_grad=True)
+    bias = torch.randn(6, dtype=dtype, requires_grad=True)
+    for b in (bias, None):
+        leaves = [x, weight, *([b] if b is not None else [])]
+        out, expected = (function(x, weight[:, ::2], b) for function in (pointwise, F.linear))
+        torch.testing.assert_close(out, expected)
+        grad = torch.randn_like(expected)
+        for one, other in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)):
+            torch.testing.assert_close(one, other)
+
+
+def test_pointwise_under_autocast_compiled_and_without_onednn(monkeypatch):
+    layer, x = Pointwise(4, 6), torch.randn(5, 7, 4)
+    expected = F.linear(x, layer.weight, layer.bias)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1))  # not contiguous
+    torch.testing.assert_close(torch.compile(layer, backend='eager', fullgraph=True)(x), expected)
+    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
+    assert torch.equal(layer(x), expected)

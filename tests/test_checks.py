@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from ewa3d.checks import check_integer, check_number, is_integer, is_number
+from ewa3d.checks import check_integer, check_number, is_integer, is_number, some
 
 
 @pytest.mark.parametrize('value', [3, np.int64(3), np.uint8(3)])
@@ -47,3 +47,8 @@ def test_kinds_of_numbers():
                                    (np.float32(3), False, True), (True, False, False), (np.bool_(True), False, False),
                                    ('3', False, False), (np.array([3]), False, False), (3j, False, False)):
         assert (is_integer(value), is_number(value)) == (integer, number), value
+
+
+def test_some_of_many():
+    assert some([]) == 'nothing' and some(['a']) == 'a' and some(range(3), 3) == '0, 1, 2'
+    assert some(dict(a=1, b=2, c=3), 2) == 'a, b, … (3 in all)'

@@ -547,7 +547,7 @@ def test_an_interrupt_is_no_mistake(trained, monkeypatch, capsys):
 
 
 def test_help(capsys):
-    for argv in (['--help'], ['train', '--help'], ['test', '--help'], ['fuse', '--help']):
+    for argv in (['--help'], ['train', '--help'], ['test', '--help'], ['fuse', '--help'], ['convert', '--help']):
         with pytest.raises(SystemExit) as stop:
             cli.main(argv)
         assert stop.value.code == 0

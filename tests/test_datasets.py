@@ -200,6 +200,46 @@ def test_subsets():
             Fruit(indices=bad)
 
 
+class Uneven(Fruit):
+    """60 apples and 20 pears, mixed."""
+
+    def load_data_list(self):
+        return [dict(points=np.eye(3, dtype=np.float32), label=int(i % 4 == 3)) for i in range(80)]
+
+
+def test_a_share_of_the_labels_is_balanced_nested_and_seeded():
+    def chosen(fraction, **kwargs):
+        dataset = Uneven(label_fraction=fraction, **kwargs)
+        assert len(dataset) == len(dataset.labels)
+        return [sample['index'] for sample in dataset], dataset.labels
+    half, labels = chosen(0.5)
+    assert labels.count(0) == 30 and labels.count(1) == 10 and half == sorted(half)
+    assert [i % 4 == 3 for i in half] == [label == 1 for label in labels]
+    tenth, labels = chosen(0.1)
+    assert (labels.count(0), labels.count(1)) == (6, 2) and set(tenth) < set(half)
+    assert sorted(chosen(0.001)[1]) == [0, 1]  # one of each class
+    assert chosen(1)[0] == list(range(80)) == chosen(None)[0]
+    assert chosen(0.1)[0] == tenth != chosen(0.1, label_seed=1)[0]
+    assert set(chosen(0.5, indices=range(40))[0]) < set(range(40)) and len(chosen(0.5, indices=range(40))[0]) == 20
+    assert chosen(0.1, seed=7)[0] == tenth  # the augmentation's seed is another one
+
+
+@pytest.mark.parametrize(('options', 'error', 'match'), [
+    (dict(label_fraction=0), ValueError, r'label_fraction must lie in \(0, 1\], got 0'),
+    (dict(label_fraction=1.5), ValueError, 'label_fraction'), (dict(label_fraction=-0.1), ValueError, 'label_fraction'),
+    (dict(label_fraction='10%'), TypeError, 'label_fraction must be a number'),
+    (dict(label_fraction=True), TypeError, 'label_fraction'), (dict(label_seed=-1), ValueError, 'label_seed'),
+    (dict(label_seed=0.5), TypeError, 'label_seed')])
+def test_bad_shares_of_the_labels(options, error, match):
+    with pytest.raises(error, match=match):
+        Uneven(**options)
+
+
+def test_a_share_of_labels_needs_labels():
+    with pytest.raises(ValueError, match='sample 1 has none'):
+        of([dict(points=np.eye(3), label=0), dict(points=np.eye(3))], label_fraction=0.5)
+
+
 @pytest.mark.parametrize(('seed', 'error'), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
 def test_bad_seeds(seed, error):
     with pytest.raises(error, match='Fruit: seed must be'):

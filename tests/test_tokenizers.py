@@ -55,6 +55,32 @@ def test_split_encoder_is_the_published_one(training, in_channels, P, K):
         torch.testing.assert_close(a, b, msg=name)
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_some_of_the_patches_have_the_features_and_gradients_that_they_have_among_all(training):
+    ours, naive = twins()
+    ours.train(training), naive.train(training)
+    patches = torch.randn(6, 5, 3, dtype=torch.float64, requires_grad=True)
+    keep = torch.tensor([4, 0, 3])
+    out, expected = ours(patches, keep), naive(patches)[keep]
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad(out.square().sum(), [patches, *ours.parameters()])
+    expected = torch.autograd.grad(expected.square().sum(), [patches, *naive.parameters()])
+    for a, b in zip(grads, expected):
+        torch.testing.assert_close(a, b.view_as(a))
+    for (name, a), (_, b) in zip(ours.named_buffers(), naive.named_buffers()):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_embedding_some_of_the_groups():
+    embed = PointPatchEmbed(num_groups=6, group_size=4, embed_dim=8, encoder_dim=5, widths=(4, 6, 8))
+    groups = embed.group(torch.randn(2, 40, 3))
+    keep = torch.tensor([[0, 3, 5], [2, 1, 4]])
+    everything, some = embed.embed(*groups), embed.embed(*groups, keep)
+    torch.testing.assert_close(some.x, ops.gather(everything.x, keep))
+    torch.testing.assert_close(some.pos, ops.gather(everything.pos, keep))
+    assert torch.equal(some.coord, everything.coord) and torch.equal(some.target, everything.target)
+
+
 def test_keys_and_shapes_are_the_published_ones_but_for_the_convolution():
     ours, naive = twins()
     theirs = naive.state_dict()

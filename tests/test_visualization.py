@@ -168,3 +168,38 @@ def test_no_pyplot_and_no_display(tmp_path):
             'assert "matplotlib.pyplot" not in sys.modules\n')
     environment = {'HOME': str(tmp_path), 'PYTHONPATH': ':'.join(sys.path)}  # no DISPLAY, no MPLBACKEND
     subprocess.run([sys.executable, '-c', code], check=True, env=environment)
+
+
+def test_reconstructions_have_a_row_a_cloud_in_one_frame(cloud, tmp_path):
+    visible, made = cloud[:60], cloud[60:] * 0.9
+    three = pixels(vis.draw_reconstructions([cloud] * 2, [made] * 2, tmp_path / 'a.png', visible=[visible] * 2, size=2))
+    two = pixels(vis.draw_reconstructions([cloud] * 2, [made] * 2, tmp_path / 'b.png', size=2, titles=['one', 'two']))
+    cell = three.shape[1] // 3
+    assert two.shape == (three.shape[0], 2 * cell, 3)
+    third = three[:, 2 * cell:]
+    assert ink(third, vis.MADE) > 200 and ink(third, vis.PLAIN) < ink(three[:, :cell], vis.PLAIN) / 5
+    assert ink(three[:, cell:2 * cell], vis.MADE) == 0
+
+
+def test_a_frame_places_a_part_where_it_is_in_the_whole(tmp_path):
+    corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=float)
+    part = corners[corners[:, 2] > 0] + [0, 0, 0]
+    alone = pixels(vis.draw_clouds([part], tmp_path / 'a.png'))
+    placed = pixels(vis.draw_clouds([part], tmp_path / 'b.png', frames=[corners]))
+    half = placed.shape[0] // 2
+    assert placed[half + 20:].min() > 0.9 and placed[:half].min() < 0.6  # the upper half of the cube
+    assert alone[half + 20:].min() < 0.6
+    with pytest.raises(ValueError, match='frames: expected a list with one entry for each of 1 clouds'):
+        vis.draw_clouds([part], tmp_path / 'c.png', frames=[corners] * 2)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(reconstructed=[]), 'reconstructed: expected a list with one entry for each of 1 clouds'),
+    (dict(reconstructed=[np.zeros((0, 3))]), r'reconstructed\[0\] has shape \(0, 3\)'),
+    (dict(visible=[np.full((2, 3), np.nan)]), r'visible\[0\] has 2 points with NaN'),
+    (dict(clouds=[]), 'clouds is empty'),
+])
+def test_reconstructions_refuse(cloud, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vis.draw_reconstructions(**{'clouds': [cloud], 'reconstructed': [cloud], 'path': tmp_path / 'a.png',
+                                    **arguments})

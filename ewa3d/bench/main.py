@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ewa3d.bench import layers, ops, step
+from ewa3d.bench import layers, ops, pretrain, step
 from ewa3d.bench.harness import DTYPES, Case, Row, Settings, measure, report, table
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.files import atomic_write
@@ -16,9 +16,10 @@ __all__ = ['SUITES', 'main', 'run']
 
 # A suite is a function from settings to cases. A new one is a module with such a function and a line here.
 SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
-    'step': step.cases,      # training steps: plain, EWA
-    'layers': layers.cases,  # one FFN, forward and backward
-    'ops': ops.cases,        # point operators against portable torch forms
+    'step': step.cases,          # training steps: plain, EWA
+    'pretrain': pretrain.cases,  # Point-MAE's pretraining step: naive, ours
+    'layers': layers.cases,      # one FFN, forward and backward
+    'ops': ops.cases,            # point operators against portable torch forms
 }
 
 

@@ -1,9 +1,9 @@
 """Point operators and attention against plain torch forms of the same thing."""
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ewa3d.bench.harness import DTYPES, Case, Settings
 
@@ -11,14 +11,18 @@ __all__ = ['cases']
 
 FPS_SIZES = ((32, 1024, 64), (32, 2048, 128), (8, 8192, 512), (1, 100_000, 2048))  # batch, points, samples
 KNN_SIZES = ((32, 1024, 64, 32), (32, 2048, 128, 32), (8, 8192, 512, 32), (1, 100_000, 2048, 32))  # …, queries, k
+CHAMFER_SIZES = ((1216, 32), (32, 1024), (32, 2048), (8, 8192))  # clouds or patches, points
 ATTENTION_SIZES = ((32, 6, 65, 64), (32, 6, 129, 64), (8, 6, 513, 64))  # batch, heads, tokens, channels of a head
 QUICK_FPS, QUICK_KNN, QUICK_ATTENTION = ((2, 64, 8),), ((2, 64, 8, 4),), ((2, 2, 5, 4),)
+POINTWISE_SIZES = ((1024, 32, 256, 512), (1024, 32, 512, 384))  # patches, points, channels in and out
+QUICK_CHAMFER, QUICK_POINTWISE = ((6, 8), (2, 600)), ((3, 4, 5, 6),)
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """FPS and kNN at four sizes, in float32 whatever the dtype; attention forward and backward by dtype."""
+    """FPS, kNN, and, forward and backward, Chamfer and linear maps of patches: in float32 whatever dtype. Attention,
+    forward and backward, by dtype."""
     from ewa3d import ops
-    from ewa3d.layers.block import attend
+    from ewa3d.layers.block import attend, pointwise
     for batch, points, samples in QUICK_FPS if settings.quick else FPS_SIZES:
         cloud = _clouds(batch, points, settings)
         yield Case(f'fps {batch}×{points}→{samples}', {
@@ -31,11 +35,21 @@ def cases(settings: Settings) -> Iterator[Case]:
             'cdist + topk': _bound(knn_cdist, centres, cloud, k),
             'centred product + topk': _bound(knn_centred_product, centres, cloud, k),
             'ewa3d': _bound(ops.knn, centres, cloud, k)})
+    for count, points in QUICK_CHAMFER if settings.quick else CHAMFER_SIZES:
+        shape = (count, points, 3)
+        yield Case(f'chamfer {count}×{points}', {
+            'cdist, full graph': _trained(chamfer_cdist, (shape, shape), 'fp32', settings),
+            'ewa3d': _trained(ops.chamfer_distance, (shape, shape), 'fp32', settings)})
+    for patches, points, channels, out in QUICK_POINTWISE if settings.quick else POINTWISE_SIZES:
+        shapes = (patches, points, channels), (out, channels)
+        yield Case(f'pointwise {patches}×{points}, {channels}→{out}', {
+            'linear': _trained(linear, shapes, 'fp32', settings),
+            'ewa3d': _trained(pointwise, shapes, 'fp32', settings)})
     for dtype in settings.dtypes:
         for shape in QUICK_ATTENTION if settings.quick else ATTENTION_SIZES:
             yield Case(f'attention {"×".join(map(str, shape))}, {dtype}', {
-                'scaled_dot_product_attention': _trained(scaled_dot_product_attention, shape, dtype, settings),
-                'ewa3d': _trained(attend, shape, dtype, settings)})
+                'scaled_dot_product_attention': _trained(scaled_dot_product_attention, (shape,) * 3, dtype, settings),
+                'ewa3d': _trained(attend, (shape,) * 3, dtype, settings)})
 
 
 def fps_mask_assign(points: Tensor, num: int) -> Tensor:
@@ -72,6 +86,12 @@ def knn_centred_product(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, 
     return near + query.square().sum(-1, keepdim=True), index
 
 
+def chamfer_cdist(x: Tensor, y: Tensor) -> Tensor:
+    """The squared Chamfer distance with all pairs in the graph (and exact far from the origin)."""
+    distance = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square()
+    return distance.min(1)[0].mean() + distance.min(2)[0].mean()
+
+
 def _clouds(batch: int, points: int, settings: Settings) -> Tensor:
     generator = torch.Generator().manual_seed(settings.seed)
     return torch.randn(batch, points, 3, generator=generator).to(settings.device)
@@ -85,10 +105,10 @@ def _bound(function, *args):
     return lambda: call
 
 
-def _trained(attention, shape: tuple[int, ...], dtype: str, settings: Settings):
-    """A builder of ``attention`` forward and backward."""
+def _trained(function, shapes: Sequence[tuple[int, ...]], dtype: str, settings: Settings):
+    """A builder of ``function`` of tensors of these shapes, forward and backward."""
     def build():
-        q, k, v, gradient = (torch.randn(shape, device=settings.device, dtype=DTYPES[dtype]) for _ in range(4))
-        inputs = [x.requires_grad_() for x in (q, k, v)]
-        return lambda: torch.autograd.grad(attention(*inputs), inputs, gradient)
+        inputs = [torch.randn(shape, device=settings.device, dtype=DTYPES[dtype]).requires_grad_() for shape in shapes]
+        gradient = torch.randn_like(function(*inputs))
+        return lambda: torch.autograd.grad(function(*inputs), inputs, gradient)
     return build

@@ -1,9 +1,14 @@
 """Data sets and transforms; importing this package registers them."""
 from ewa3d.datasets.base import PointDataset
+from ewa3d.datasets.fewshot import FewShot
 from ewa3d.datasets.folder import FolderPointCloud
 from ewa3d.datasets.modelnet import ModelNet
+from ewa3d.datasets.parts import ShapeNetPart
+from ewa3d.datasets.scanobjectnn import ScanObjectNN
+from ewa3d.datasets.shapenet import ShapeNet55
 from ewa3d.datasets.shapes import SyntheticShapes
 from ewa3d.datasets.transforms import (
+    KeepAll,
     Normalize,
     Pack,
     RandomDrop,
@@ -15,5 +20,6 @@ from ewa3d.datasets.transforms import (
     UpAxis,
 )
 
-__all__ = ['PointDataset', 'FolderPointCloud', 'ModelNet', 'SyntheticShapes', 'Normalize', 'Resample', 'UpAxis',
-           'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack']
+__all__ = ['PointDataset', 'FewShot', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55', 'ShapeNetPart',
+           'SyntheticShapes', 'KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift',
+           'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack']

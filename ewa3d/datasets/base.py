@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ewa3d.checks import check_integer, is_integer
+from ewa3d.checks import check_integer, check_number, is_integer
 from ewa3d.datasets.io import as_cloud, read_cloud
 from ewa3d.registry import DATASETS, TRANSFORMS, nearest
 
@@ -50,6 +50,8 @@ class PointDataset(Dataset):
         pipeline: transforms, as config dicts or callables ``results -> results``.
         metainfo: replaces entries of ``METAINFO``.
         indices: a subset: a list of indices, or a number of samples spread evenly over the list.
+        label_fraction: keep this share of every class, of at least one sample each, drawn with ``label_seed``: what
+            fine-tuning with few labels trains on. Under one seed a smaller share is a part of a larger one.
         seed: of the augmentation; ``None`` takes the run's seed in training, and 0 outside of a run.
         cache_dir: where data sets that prepare their clouds keep the result; ``None`` keeps it in memory.
         lazy_init: leave the reading of the list to the first use. ``metainfo`` is there in any case.
@@ -63,7 +65,8 @@ class PointDataset(Dataset):
 
     def __init__(self, data_root: str | Path | None = None, split: str | None = 'train', pipeline: Iterable = (),
                  metainfo: dict | None = None, indices: int | Sequence[int] | None = None, seed: int | None = None,
-                 cache_dir: str | Path | None = 'data/.cache', lazy_init: bool = False):
+                 cache_dir: str | Path | None = 'data/.cache', lazy_init: bool = False,
+                 label_fraction: float | None = None, label_seed: int = 0):
         if self.SPLITS is not None and split not in self.SPLITS:
             raise ValueError(f'{type(self).__name__} has no split {split!r}; {nearest(split, self.SPLITS)}')
         self.data_root = None if data_root is None else Path(data_root).expanduser()
@@ -72,6 +75,10 @@ class PointDataset(Dataset):
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pipeline = [build_transform(step) for step in pipeline]
         self._indices = indices
+        if label_fraction is not None:
+            check_number(f'{type(self).__name__}: label_fraction', label_fraction, '(0, 1]')
+        self.label_fraction = label_fraction
+        self.label_seed = check_integer(f'{type(self).__name__}: label_seed', label_seed, 0)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._data_list: list[dict] | None = None
         self._metainfo = merge_metainfo(self.METAINFO, self.load_metainfo(), metainfo or {})
@@ -102,6 +109,12 @@ class PointDataset(Dataset):
         return dict(self._metainfo)
 
     @property
+    def labels(self) -> list[int | None]:
+        """The label of every sample."""
+        self.full_init()
+        return [self._data_list[i].get('label') for i in self._chosen]
+
+    @property
     def epoch(self) -> int:
         return int(self._epoch)
 
@@ -126,8 +139,12 @@ class PointDataset(Dataset):
         if not data_list:
             raise ValueError(f'{self._what} has no samples')
         check_labels(data_list, self._metainfo.get('classes'), self._what)
-        self._chosen = choose(len(data_list), self._indices, self._what)
-        self._data_list = data_list
+        chosen = choose(len(data_list), self._indices, self._what)
+        if self.label_fraction is not None:
+            labels = [data_list[i].get('label') for i in chosen]
+            kept = share_of_labels(labels, self.label_fraction, self.label_seed, self._what)
+            chosen = [chosen[i] for i in kept]
+        self._chosen, self._data_list = chosen, data_list
 
     def __len__(self) -> int:
         self.full_init()
@@ -270,3 +287,20 @@ def choose(total: int, indices: int | Sequence[int] | None, what: str) -> Sequen
     if wrong or not chosen:
         raise ValueError(f'{what}: indices must name some of the samples 0 … {total - 1}, got {wrong or chosen}')
     return chosen
+
+
+def share_of_labels(labels: Sequence[int | None], fraction: float, seed: int, what: str) -> list[int]:
+    """Which samples keep their label, in order: of every class ``fraction``, rounded, of at least one sample.
+
+    The order in which a class is drawn depends on ``seed`` and the class alone, so a smaller share is a part of a
+    larger one.
+    """
+    if any(label is None for label in labels):
+        raise ValueError(f'{what}: label_fraction={fraction} needs labels, sample {list(labels).index(None)} has none')
+    labels = np.asarray(labels)
+    kept = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        size = max(1, round(fraction * len(members)))
+        kept += np.random.default_rng((seed, int(label))).permutation(members)[:size].tolist()
+    return sorted(kept)

@@ -193,6 +193,8 @@ def read_h5(path: Path, *keys: str) -> list[np.ndarray]:
         for key in keys:
             if key not in file:
                 raise ValueError(f'{path}: has no key {key!r}, only {sorted(file)}')
+            if not hasattr(file[key], 'shape'):
+                raise ValueError(f'{path}: {key!r} is a group, an array was expected')
         try:
             return [file[key][()] for key in keys]
         except OSError as error:

@@ -8,7 +8,8 @@ import numpy as np
 
 from ewa3d.datasets.base import PointDataset, require_folder
 from ewa3d.datasets.cache import cached_clouds
-from ewa3d.datasets.io import MESH_POINTS, as_cloud, read_cloud, read_h5
+from ewa3d.datasets.h5 import check_range, read_data, read_labels
+from ewa3d.datasets.io import MESH_POINTS, as_cloud, read_cloud
 from ewa3d.datasets.pickles import read_numpy_pickle
 from ewa3d.registry import DATASETS, nearest
 
@@ -113,7 +114,7 @@ class ModelNet(PointDataset):
             raise FileNotFoundError(f'{self.data_root}: there is no modelnet{self.variant}_{self.split}_*pts_fps.dat')
         clouds, labels = read_dat(file)
         items = [(f'{file.name}[{i}]', label) for i, label in enumerate(labels)]
-        self._check(file, labels)
+        check_range(file, labels, len(self._class_names()))
         return items, [file], lambda: (self._columns(as_cloud(c, f'{file}[{i}]'), file) for i, c in enumerate(clouds))
 
     def _list_h5(self):
@@ -121,20 +122,13 @@ class ModelNet(PointDataset):
         files = [find_h5(self.data_root, line, listed) for line in read_lines(listed)]
         items = []
         for file in files:
-            labels, = read_h5(file, 'label')
-            if labels.dtype.kind not in 'iu' or labels.ndim not in (1, 2) or labels.size != len(labels):
-                raise ValueError(f"{file}: 'label' should hold one integer a shape, got {labels.dtype} of the shape "
-                                 f'{labels.shape}')
-            self._check(file, labels.reshape(-1))
-            items += [(f'{file.name}[{i}]', int(label)) for i, label in enumerate(labels.reshape(-1))]
+            items += [(f'{file.name}[{i}]', label) for i, label in
+                      enumerate(read_labels(file, len(self._class_names())))]
         return items, [listed, *files], lambda: self._read_h5(files)
 
     def _read_h5(self, files: list[Path]) -> Iterator[np.ndarray]:
         for file in files:
-            labels, data, *normals = read_h5(file, 'label', 'data', *(['normal'] if self.normals else []))
-            if data.ndim != 3 or data.shape[-1] < 3 or len(data) != len(labels):
-                raise ValueError(f"{file}: 'data' should have the shape ({len(labels)}, points, 3) like 'label', got "
-                                 f'{data.shape}')
+            data, *normals = read_data(file, *(['normal'] if self.normals else []))
             if normals and normals[0].shape != data.shape:
                 raise ValueError(f"{file}: 'normal' has the shape {normals[0].shape}, 'data' {data.shape}")
             clouds = np.concatenate([data[..., :3], *normals], axis=-1)
@@ -168,13 +162,6 @@ class ModelNet(PointDataset):
         if points.shape[1] < wanted:
             raise ValueError(f'{file}: normals=True needs rows of 6 numbers, it has {points.shape[1]}')
         return points[:, :wanted]
-
-    def _check(self, file: Path, labels) -> None:
-        limit = len(self._class_names())
-        for i, label in enumerate(labels):
-            if not 0 <= label < limit:
-                raise ValueError(f'{file}: label {label} of shape {i} is not one of the {limit} classes (0 … '
-                                 f'{limit - 1})')
 
     def _class_names(self) -> tuple[str, ...]:
         file = {'h5': 'shape_names.txt', 'off': ''}.get(self.layout, f'modelnet{self.variant}_shape_names.txt')
@@ -223,7 +210,7 @@ def read_lines(file: Path) -> list[str]:
     """The lines of a list that are not empty."""
     if not file.is_file():
         raise FileNotFoundError(f'{file}: there is no such list')
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    return [line.strip() for line in file.read_text('utf-8', errors='replace').splitlines() if line.strip()]
 
 
 def read_dat(file: Path) -> tuple[list[np.ndarray], list[int]]:

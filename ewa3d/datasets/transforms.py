@@ -14,7 +14,7 @@ from ewa3d.checks import check_integer, check_number, is_number
 from ewa3d.registry import TRANSFORMS
 from ewa3d.structures import Sample
 
-__all__ = ['Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter',
+__all__ = ['KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift', 'RandomRotate', 'RandomJitter',
            'RandomDrop', 'Pack']
 
 AXES = 'xyz'
@@ -101,6 +101,7 @@ class Resample:
     ``random_start=True`` does so.
 
     Args:
+        replace: ``method='random'`` draws with repetition, as published part segmentation does.
         random_start: sample farthest points from a point drawn at random, among all points of the cloud. It costs some
             25 ms a cloud on one idle core for 1200 of 8192 points, a slice costs nothing; meant for training.
         pad: what to do with a cloud of fewer than ``num_points``: ``None`` is an error, ``'repeat'`` keeps all of it
@@ -108,7 +109,7 @@ class Resample:
     """
 
     def __init__(self, num_points: int, method: str = 'fps', pool: int | None = None, pad: str | None = None,
-                 random_start: bool = False):
+                 random_start: bool = False, replace: bool = False):
         self.num_points = check_integer('Resample: num_points', num_points, 1)
         if method not in ('fps', 'random'):
             raise ValueError(f"Resample: method must be 'fps' or 'random', got {method!r}")
@@ -120,10 +121,15 @@ class Resample:
             raise ValueError(f'Resample: {num_points} points cannot be drawn from a pool of {pool}')
         if random_start and method == 'random' and pool is None:
             raise ValueError("Resample: random_start belongs to farthest point sampling: method='fps', or a pool")
+        if replace and (method == 'fps' or pool is not None):
+            raise ValueError("Resample: replace belongs to method='random' without a pool")
         self.method, self.pool, self.pad, self.random_start = method, pool, pad, bool(random_start)
+        self.replace = bool(replace)
 
     def __call__(self, results: dict) -> dict:
         N = len(results['points'])
+        if self.replace:
+            return take(results, rng_of(results).integers(N, size=self.num_points))
         if self.num_points > N:
             return self._padded(results, N)
         if self.method == 'fps':
@@ -161,6 +167,20 @@ def fps_from(results: dict, num: int, start: int) -> dict:
     """``num`` points of the cloud by farthest point sampling from point ``start``."""
     from ewa3d.datasets.cache import fps_order
     return take(results, fps_order([results['points']], num, start)[0], fps_ordered=True)
+
+
+@TRANSFORMS.register_module()
+class KeepAll:
+    """Keep the points and their parts as they are now, for an evaluation on all points of a cloud: they become the
+    sample's ``all_points`` and ``gt_all_parts``, and transforms behind this one leave them alone. It belongs behind
+    ``Normalize`` and before ``Resample``.
+    """
+
+    def __call__(self, results: dict) -> dict:
+        if results.get('parts') is None:
+            raise ValueError('KeepAll: the sample has no parts')
+        results.update(all_points=results['points'][:, :3], all_parts=results['parts'])
+        return results
 
 
 @TRANSFORMS.register_module()
@@ -289,13 +309,26 @@ class Pack:
     """End a pipeline: ``{'inputs': {'points': (N, 3+F) float32}, 'data_samples': Sample(gt_label, gt_parts)}``.
 
     The sample's metainfo holds its ``name`` and ``index``.
+
+    Args:
+        category: the label goes into the inputs as well, for a model that is told the category of a cloud.
     """
+
+    def __init__(self, category: bool = False):
+        self.category = bool(category)
 
     def __call__(self, results: dict) -> dict:
         sample = Sample(metainfo={key: results[key] for key in ('name', 'index') if key in results})
         if results.get('label') is not None:
             sample.gt_label = torch.tensor(int(results['label']))
-        if results.get('parts') is not None:
-            sample.gt_parts = torch.from_numpy(np.array(results['parts'], dtype=np.int64))
-        points = torch.from_numpy(np.array(results['points'], dtype=np.float32, order='C'))
-        return {'inputs': {'points': points}, 'data_samples': sample}
+        for key, name in (('parts', 'gt_parts'), ('all_parts', 'gt_all_parts')):
+            if results.get(key) is not None:
+                setattr(sample, name, torch.from_numpy(np.array(results[key], dtype=np.int64)))
+        if 'all_points' in results:
+            sample.all_points = torch.from_numpy(np.array(results['all_points'], dtype=np.float32))
+        inputs = dict(points=torch.from_numpy(np.array(results['points'], dtype=np.float32, order='C')))
+        if self.category:
+            if results.get('label') is None:
+                raise ValueError('Pack: category=True, and the sample has no label')
+            inputs['category'] = torch.tensor(int(results['label']))
+        return {'inputs': inputs, 'data_samples': sample}

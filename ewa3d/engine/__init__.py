@@ -1,4 +1,16 @@
 """Training: hooks, schedules, optimizer wrappers, checkpoints, the Runner. Importing it fills the registries."""
-from ewa3d.engine import averaging, checkpoint, hooks, optim, params, runner, schedules, validate
+from ewa3d.engine import (
+    averaging,
+    checkpoint,
+    dvae_hooks,
+    hooks,
+    optim,
+    params,
+    pretrain_hooks,
+    runner,
+    schedules,
+    validate,
+)
 
-__all__ = ['averaging', 'checkpoint', 'hooks', 'optim', 'params', 'runner', 'schedules', 'validate']
+__all__ = ['averaging', 'checkpoint', 'dvae_hooks', 'hooks', 'optim', 'params', 'pretrain_hooks', 'runner', 'schedules',
+           'validate']

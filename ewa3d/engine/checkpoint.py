@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ewa3d.checks import some
 from ewa3d.engine.plain import checksum, storable, to_plain
 from ewa3d.files import atomic_write
 from ewa3d.layers.experts import iter_experts
 
-__all__ = ['FORMAT_VERSION', 'read_checkpoint', 'write_checkpoint', 'select_weights', 'load_model_state', 'load_any',
-           'find_last_checkpoint']
+__all__ = ['FORMAT_VERSION', 'SUFFIXES', 'check_target', 'read_checkpoint', 'write_checkpoint', 'select_weights',
+           'load_model_state', 'load_any', 'find_last_checkpoint']
 
 FORMAT_VERSION = 1
 SUFFIXES = ('.pth', '.safetensors')
@@ -42,6 +43,22 @@ SUFFIXES = ('.pth', '.safetensors')
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
+def check_target(out: str | Path, source: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
+    """``out`` as a path, if a file made from ``source`` can be written there.
+
+    Raises:
+        ValueError: another suffix, a folder, or ``source`` itself.
+    """
+    out = Path(out)
+    if out.suffix not in suffixes:
+        raise ValueError(f'{out}: the name must end in {" or ".join(suffixes)}, got {out.suffix!r}')
+    if out.is_dir():
+        raise ValueError(f'{out} is a folder; the name of a file was expected')
+    if out.resolve() == Path(source).resolve():
+        raise ValueError(f'{out} is the checkpoint itself, which would be lost; give another name')
+    return out
+
+
 def write_checkpoint(path: str | Path, state_dict: Mapping, meta: Mapping | None = None, **parts) -> Path:
     """Write a checkpoint atomically, with format version and checksum.
 
@@ -83,15 +100,22 @@ def _write_safetensors(path: Path, weights: dict, meta: dict) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
+_RUNNERS_WITH_METRIC = ('runner_pretrain', 'runner_finetune', 'runner_BERT_pretrain', 'runner_BERT_finetune')
+
+
 def _inert_classes() -> list:
-    """What a pickle may name beyond torch's own list: values without behaviour, found in published checkpoints."""
+    """What a pickle may name beyond torch's own list: values without behaviour, found in published checkpoints.
+
+    Old files of Point-BERT and Point-MAE hold their accuracy as an object of a class of theirs. Its attributes are read
+    into a namespace; the class is neither looked for nor needed.
+    """
     core = getattr(np, '_core', None) or np.core
     dtypes = [type(np.dtype(code)) for code in '?bhilqBHILQefd']
     allowed: list = [argparse.Namespace, OrderedDict, np.dtype, np.ndarray, *dtypes]
     for package in ('numpy.core', 'numpy._core'):  # numpy 1 and numpy 2 write different names for the same functions
         allowed.append((core.multiarray.scalar, f'{package}.multiarray.scalar'))
         allowed.append((core.multiarray._reconstruct, f'{package}.multiarray._reconstruct'))
-    return allowed
+    return allowed + [(argparse.Namespace, f'tools.{runner}.Acc_Metric') for runner in _RUNNERS_WITH_METRIC]
 
 
 def read_checkpoint(path: str | Path, map_location='cpu') -> dict:
@@ -300,27 +324,26 @@ def load_model_state(model: nn.Module, state_dict: Mapping, name: str = 'checkpo
     lines = [f'{name} does not fit the model: {matched} of {len(backup)} entries match']
     for label, keys in (('missing', missing), ('unexpected', unexpected)):
         if keys:
-            lines.append(f'{len(keys)} {label} ({_some(keys)})')
+            lines.append(f'{len(keys)} {label} ({some(keys, 3)})')
     if shapes:
         described = [f'{key}: {tuple(state[key].shape)}, the model has {tuple(backup[key].shape)}' for key in shapes]
-        lines.append(f'{len(shapes)} of another shape ({_some(described)})')
+        lines.append(f'{len(shapes)} of another shape ({some(described, 3)})')
     raise ValueError('; '.join(lines) + '. ' + _likely_cause(model, state, backup, shapes, matched))
 
 
-def load_any(model: nn.Module, checkpoint: Mapping, state_dict: Mapping, name: str = 'checkpoint') -> None:
-    """Load all of a model's weights: ours strictly, a known project's after renaming (see ``models/weights.py``)."""
-    if 'format_version' in checkpoint:
-        load_model_state(model, state_dict, name)
+def load_any(model: nn.Module, checkpoint: Mapping, state_dict: Mapping, name: str = 'checkpoint',
+             transfer: bool = False) -> None:
+    """Load all of a model's weights: ours strictly, a known project's after renaming (see ``models/weights.py``).
+
+    With ``transfer``, a task model takes the backbone of a pretraining model's weights.
+    """
+    from ewa3d.models.weights import is_pretraining, load_plain
+    if 'format_version' not in checkpoint:
+        load_plain(model, checkpoint, strict='transfer' if transfer else True, name=name)
+    elif transfer and is_pretraining(state_dict) and not is_pretraining(model.state_dict()):
+        load_plain(model, state_dict, strict='transfer', name=name)
     else:
-        from ewa3d.models.weights import load_plain
-        try:
-            load_plain(model, checkpoint)
-        except ValueError as error:
-            raise ValueError(f'{name}: {error}') from None
-
-
-def _some(items: list, n: int = 3) -> str:
-    return ', '.join(map(str, items[:n])) + (', …' if len(items) > n else '')
+        load_model_state(model, state_dict, name)
 
 
 def _likely_cause(model: nn.Module, state: dict, own: dict, shapes: list, matched: int) -> str:

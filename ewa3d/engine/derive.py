@@ -3,6 +3,7 @@ import inspect
 from collections.abc import Mapping
 
 from ewa3d import registry as R
+from ewa3d.models.build import fill_model, wanted_from_data
 from ewa3d.registry import nearest
 
 __all__ = ['check_save_best', 'dataset_cfgs', 'fill_num_classes', 'selection']
@@ -19,37 +20,31 @@ def dataset_cfgs(loader) -> list[Mapping]:
     return found
 
 
-def _classes_of(loader) -> list | None:
-    """``metainfo['classes']`` of a loader's data set, built without reading the data where it can be."""
+def _metainfo_of(loader) -> Mapping:
+    """The metainfo of a loader's data set, where it has ``classes``; built without reading the data where it can be."""
     for cfg in reversed(dataset_cfgs(loader)):  # the innermost first: wrappers may copy, or have none
         cls = R.DATASETS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
         lazy = 'lazy_init' in inspect.signature(cls.__init__).parameters
         metainfo = getattr(R.DATASETS.build({**cfg, 'lazy_init': True} if lazy else dict(cfg)), 'metainfo', None) or {}
         if metainfo.get('classes'):
-            return list(metainfo['classes'])
-    return None
+            return metainfo
+    return {}
 
 
 def fill_num_classes(cfg, splits=('train', 'val', 'test')) -> None:
-    """Fill ``model.head.num_classes`` in place from the first split that knows its classes.
+    """Fill what the model takes from the data (``model.head.num_classes`` and the like, see
+    :func:`ewa3d.models.build.fill_model`) in place, from the first split that knows its classes.
 
     Raises:
         ValueError: the config gives fewer classes than the data have.
     """
-    head = (cfg.get('model') or {}).get('head')
-    if not isinstance(head, Mapping) or 'type' not in head:
-        return
-    cls = R.MODELS.get(head['type']) if isinstance(head['type'], str) else head['type']
-    if 'num_classes' not in inspect.signature(cls.__init__).parameters:
+    model = cfg.get('model')
+    if not isinstance(model, Mapping) or not wanted_from_data(model):
         return
     for split in splits:
-        classes = _classes_of(cfg.get(f'{split}_dataloader'))
-        if classes:
-            given = head.get('num_classes')
-            if given is not None and given < len(classes):
-                raise ValueError(f'model.head.num_classes is {given}, but the {split} data have {len(classes)} classes '
-                                 f'({", ".join(map(str, classes[:5]))}, …); leave it out to take it from the data')
-            head['num_classes'] = given or len(classes)
+        metainfo = _metainfo_of(cfg.get(f'{split}_dataloader'))
+        if metainfo:
+            fill_model(model, metainfo, split)
             return
 
 
@@ -77,9 +72,18 @@ def selection(cfg: Mapping) -> tuple[str, str]:
 
 
 def _best_metrics(cfg: Mapping) -> list[str]:
-    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
+    hooks = _hooks(cfg)
     best = next((h['save_best'] for h in hooks if isinstance(h, Mapping) and h.get('save_best')), [])
     return list(map(str, best if isinstance(best, (list, tuple)) else [best]))
+
+
+def _hooks(cfg: Mapping) -> list:
+    return [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
+
+
+def _adds_metrics(hook) -> bool:
+    kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
+    return getattr(R.HOOKS.get(kind) if isinstance(kind, str) else kind, 'adds_metrics', False)
 
 
 def check_save_best(cfg: Mapping) -> None:
@@ -93,9 +97,9 @@ def check_save_best(cfg: Mapping) -> None:
     wanted = [name for name in _best_metrics(cfg) if name != 'auto']
     metrics = cfg.get('val_evaluator')
     metrics = metrics['metrics'] if isinstance(metrics, Mapping) and 'metrics' in metrics else metrics
-    if not wanted or metrics is None:
+    if not wanted or metrics is None or any(_adds_metrics(hook) for hook in _hooks(cfg)):
         return
-    classes = _classes_of(cfg.get('val_dataloader')) if any('acc/' in name for name in wanted) else None
+    classes = _metainfo_of(cfg.get('val_dataloader')).get('classes') if any('acc/' in n for n in wanted) else None
     known: list[str] = []
     for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
         kind = metric.get('type') if isinstance(metric, Mapping) else type(metric)

@@ -23,11 +23,12 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from ewa3d.engine.averaging import attach_ewa
+from ewa3d.evaluation import is_of_one_class
 from ewa3d.files import atomic_write
 from ewa3d.registry import HOOKS, nearest
 
 __all__ = ['EWAHook', 'RNGStateHook', 'DatasetEpochHook', 'MetricsHook', 'CheckpointHook', 'LoggerHook',
-           'get_rng_state', 'set_rng_state', 'seed_rank']
+           'get_rng_state', 'optimizer_steps', 'set_rng_state', 'seed_rank', 'unwrapped']
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -60,14 +61,13 @@ class EWAHook(Hook):
         self.handle, self.rate = None, 0.0
 
     def before_train(self, runner) -> None:
-        accumulate = _accumulation(runner)
-        steps = -(-runner.max_iters // accumulate)  # the last, shorter group of micro-batches is a step too
+        step, total_steps = optimizer_steps(runner)
         self._detach()  # a training that was interrupted did not get to `after_train`
-        self.handle = attach_ewa(runner.optim_wrapper.optimizer, unwrapped(runner.model), total_steps=steps,
-                                 start_step=runner.iter // accumulate, **self.settings)
+        self.handle = attach_ewa(runner.optim_wrapper.optimizer, unwrapped(runner.model), total_steps=total_steps,
+                                 start_step=step, **self.settings)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        self.handle.step = runner.iter // _accumulation(runner)
+        self.handle.step, _ = optimizer_steps(runner)
         self.rate = self.handle.rate  # of the step that this iteration belongs to
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
@@ -82,8 +82,10 @@ class EWAHook(Hook):
             self.handle = None
 
 
-def _accumulation(runner) -> int:
-    return getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+def optimizer_steps(runner) -> tuple[int, int]:
+    """The optimizer step, counted from 0, that this iteration belongs to, and the number of steps of the run."""
+    accumulate = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+    return runner.iter // accumulate, -(-runner.max_iters // accumulate)  # the last, shorter group is a step too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ class MetricsHook(Hook):
     metrics. A resumed run first drops the lines that it is about to write again.
     """
     priority = 'BELOW_NORMAL'
-    LAST = ('lr', 'base_lr', 'share_rate')
+    LAST = ('lr', 'base_lr', 'share_rate', 'temperature', 'kl_weight')
 
     def __init__(self):
         self._started = self._eval_started = 0.0
@@ -301,11 +303,11 @@ class LoggerHook(_LoggerHook):
 
 
 def _summary(metrics) -> str:
-    return '  '.join(f'{k}: {v:.2f}' for k, v in (metrics or {}).items() if 'acc/' not in k)
+    return '  '.join(f'{k}: {v:.2f}' for k, v in (metrics or {}).items() if not is_of_one_class(k))
 
 
 def _table(metrics) -> str:
-    rows = {k.rpartition('acc/')[2]: v for k, v in (metrics or {}).items() if 'acc/' in k}
+    rows = {k.rpartition('acc/')[2]: v for k, v in (metrics or {}).items() if is_of_one_class(k)}
     width = max(map(len, rows), default=0)
     return '\n'.join(f'  {name:<{width}}  {value:6.2f}' for name, value in rows.items())
 

@@ -2,6 +2,7 @@
 from mmengine.runner import EpochBasedTrainLoop
 
 from ewa3d.engine.hooks import EWAHook, unwrapped
+from ewa3d.evaluation import is_of_one_class
 from ewa3d.layers.experts import iter_experts
 
 __all__ = ['log_result', 'log_start']
@@ -32,7 +33,7 @@ def log_result(runner) -> None:
             runner.logger.warning('reported: no best epoch, because none was validated (train_cfg.val_begin and '
                                   'val_interval say when); the last checkpoint is what this run leaves')
     elif runner.last_metrics:
-        result = '  '.join(f'{k} {v:.2f}' for k, v in runner.last_metrics.items() if 'acc/' not in k)
+        result = '  '.join(f'{k} {v:.2f}' for k, v in runner.last_metrics.items() if not is_of_one_class(k))
         epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
         where = f'epoch ({runner.epoch})' if epochs else f'iteration ({runner.iter})'
         runner.logger.info(f'reported: last {where}: {result}')

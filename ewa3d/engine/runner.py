@@ -45,7 +45,7 @@ class Runner(_Runner):
     """See the module's docstring. Build it with :meth:`from_cfg`; call :meth:`train` or :meth:`test`.
 
     ``resume=True`` continues from ``work_dir/last_checkpoint`` (or starts afresh where there is none), a path continues
-    from that file. ``load_from`` only loads weights.
+    from that file. ``load_from`` only loads weights: the model's own, or of a pretraining model the backbone.
     """
     @classmethod
     def from_cfg(cls, cfg) -> 'Runner':
@@ -196,7 +196,7 @@ class Runner(_Runner):
         if not options:
             return
         model = unwrapped(self.model)
-        name = 'extract' if hasattr(model, 'extract') else 'forward'
+        name = getattr(model, 'compiled', 'extract' if hasattr(model, 'extract') else 'forward')
         eager = getattr(model, name)
         compiled = torch.compile(eager, **({} if options is True else options))
         setattr(model, name, lambda *args, **kwargs: (compiled if model.training else eager)(*args, **kwargs))
@@ -248,7 +248,7 @@ class Runner(_Runner):
             self.resume(str(path))
         else:
             if self._load_from is not None:
-                self.load_checkpoint(self._load_from)
+                self.load_checkpoint(self._load_from, strict=False)
             self._warn_of_earlier_run()
         self._has_loaded = True
 
@@ -261,11 +261,12 @@ class Runner(_Runner):
                                 f'first one, --resume continues the earlier run from {pointer.read_text().strip()}')
 
     def load_checkpoint(self, filename, map_location='cpu', strict: bool = True, revise_keys=()) -> dict:
-        """Read a checkpoint safely and load its weights strictly."""
+        """Read a checkpoint safely and load its weights: all of them, or, unless ``strict``, a pretrained backbone."""
         checkpoint = read_checkpoint(filename, map_location)
         if 'format_version' in checkpoint:
             self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-        load_any(unwrapped(self.model), checkpoint, checkpoint.get('state_dict', {}), str(filename))
+        load_any(unwrapped(self.model), checkpoint, checkpoint.get('state_dict', {}), str(filename),
+                 transfer=not strict)
         self._has_loaded = True
         kind = (checkpoint.get('meta') or {}).get('weights', 'raw')
         self.logger.info(f'loaded {filename} ({kind} weights)')

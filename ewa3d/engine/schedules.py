@@ -1,6 +1,7 @@
-"""Share-rate schedules of EWA: functions of progress in [0, 1], nothing to save, exact on resume.
+"""Schedules: functions of progress or of the optimizer step, nothing to save, exact on resume.
 
-A new one is a function ``f(progress) -> factor`` in :data:`SCHEDULES`; the factor multiplies the share rate.
+A new share-rate schedule of EWA is a function ``f(progress) -> factor`` in :data:`SCHEDULES`; the factor multiplies the
+share rate.
 """
 import math
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from ewa3d.checks import check_integer, check_number
 from ewa3d.registry import nearest
 
-__all__ = ['SCHEDULES', 'ShareRate', 'constant', 'linear', 'cosine']
+__all__ = ['SCHEDULES', 'Ramp', 'ShareRate', 'constant', 'linear', 'cosine']
 
 
 def constant(progress: float) -> float:
@@ -86,3 +87,36 @@ class ShareRate:
             return float(self.share_rate) * float(factor)
         except TypeError:
             raise TypeError(f'the schedule gives {factor!r} at progress {progress:g}, not a number') from None
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A value of an optimizer step, counted from 0: ``start`` until step ``begin``, then along half a cosine to
+    ``target`` over ``length`` steps, and ``target`` from there on.
+
+    Args:
+        length, begin: an integer is a number of optimizer steps; a float is a share of the run's ``total_steps``.
+
+    Raises:
+        TypeError, ValueError: a value is no number, or out of range.
+    """
+    start: float
+    target: float
+    length: int | float = 1.
+    begin: int | float = 0
+
+    def __post_init__(self):
+        for name in ('start', 'target'):
+            check_number(name, getattr(self, name), '(-inf, inf)')
+        for name, least in (('length', 1), ('begin', 0)):
+            value = getattr(self, name)
+            if isinstance(value, float):
+                check_number(f'{name} as a share of the run', value, '(0, 1]' if least else '[0, 1]')
+            else:
+                check_integer(f'{name} in optimizer steps', value, least)
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        begin, length = (value * total_steps if isinstance(value, float) else value
+                         for value in (self.begin, self.length))
+        progress = min(max((step - begin) / length, 0.), 1.)
+        return self.start + (self.target - self.start) * cosine(progress)

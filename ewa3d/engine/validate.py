@@ -89,6 +89,9 @@ def check_config(cfg: Mapping, training: bool = True) -> None:
         _check(hook, R.HOOKS, where)
         if isinstance(hook, Mapping):
             _check_ranges(hook, where, HOOK_RANGES)
+            _check_pipeline(hook, where)
+            for key in ('train_dataloader', 'test_dataloader'):
+                _check_loader(hook.get(key), f'{where}.{key}')
     for where, keys in SECTIONS.items():
         _check_section(cfg, where, keys)
     if isinstance(cfg.get('visualizer'), Mapping):
@@ -224,13 +227,18 @@ def _check_dataset(cfg, where: str) -> None:
         return
     for key in ('pipeline', 'datasets'):
         _expect(cfg.get(key), f'{where}.{key}', list)
+    _check_pipeline(cfg, where)
+    for key in ('dataset', 'base'):
+        if cfg.get(key) is not None:
+            _check_dataset(cfg[key], f'{where}.{key}')
+    for i, child in enumerate(cfg.get('datasets') or []):
+        _check_dataset(child, f'{where}.datasets[{i}]')
+
+
+def _check_pipeline(cfg: Mapping, where: str) -> None:
     for i, transform in enumerate(cfg.get('pipeline') or []):
         _expect(transform, f'{where}.pipeline[{i}]', dict)
         _walk(transform, R.TRANSFORMS, f'{where}.pipeline[{i}]')
-    if 'dataset' in cfg:
-        _check_dataset(cfg['dataset'], f'{where}.dataset')
-    for i, child in enumerate(cfg.get('datasets') or []):
-        _check_dataset(child, f'{where}.datasets[{i}]')
 
 
 def _check_loop(cfg, split: str) -> None:

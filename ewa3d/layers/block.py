@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
 
-__all__ = ['Attention', 'Block', 'DropPath', 'LayerScale', 'Mlp', 'attend', 'init_vit']
+__all__ = ['Attention', 'Block', 'DropPath', 'LayerScale', 'Mlp', 'Pointwise', 'attend', 'init_vit',
+           'pointwise']
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
@@ -37,6 +38,46 @@ def init_vit(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+class Pointwise(nn.Linear):
+    """A linear layer that also loads the weight of a 1×1 convolution, which computes the same on rows.
+
+    Shape:
+        - ``(..., in_features)`` to ``(..., out_features)``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pointwise(x, self.weight, self.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        weight = state_dict.get(f'{prefix}weight')
+        if isinstance(weight, Tensor) and weight.ndim > 2 and weight.shape[2:].numel() == 1:
+            state_dict[f'{prefix}weight'] = weight.flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear map of the points of many patches.
+
+    In float32 on a CPU it is computed as the 1×1 convolution that it is, on the same memory: torch leaves convolutions
+    to oneDNN and matrix products to MKL, which is half as fast on an AMD CPU with AVX-512 (see the operator table of
+    ``tools/bench.py``).
+
+    Shape:
+        - x ``(P, K, C)``, or any ``(..., C)``; weight ``(H, C)``, bias ``(H,)``; returns ``(..., H)``.
+    """
+    if not torch.compiler.is_compiling() and _is_faster_as_convolution(x):
+        y = F.conv2d(x.unsqueeze(2).permute(0, 3, 1, 2), weight[:, :, None, None], bias)  # (P, H, K, 1), channels last
+        return y.permute(0, 2, 3, 1).squeeze(2)
+    return F.linear(x, weight, bias)
+
+
+def _is_faster_as_convolution(x: Tensor) -> bool:
+    patches = x.ndim == 3 and len(x) > 1 and x.is_contiguous()  # a batch of one goes to MKL even so
+    onednn = torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
+    return (patches and onednn and x.dtype == torch.float32 and x.device.type == 'cpu'
+            and not torch.is_autocast_enabled('cpu'))
 
 
 class DropPath(nn.Module):

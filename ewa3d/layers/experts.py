@@ -17,7 +17,7 @@ from ewa3d.layers.standin import run_with
 from ewa3d.registry import MODELS, nearest
 from ewa3d.reparam import Reparam
 
-__all__ = ['StackedExperts', 'EWAFFN', 'iter_experts']
+__all__ = ['StackedExperts', 'EWAFFN', 'expert_mean', 'iter_experts']
 
 
 class StackedExperts(Reparam):
@@ -58,7 +58,7 @@ class StackedExperts(Reparam):
 
     def mean_tensors(self) -> dict[int, Tensor]:
         """The mean expert, what eval mode computes with and :meth:`fuse` returns: ``id`` of a stacked tensor → mean."""
-        return {id(tensor): _mean(tensor) for tensor in _tensors(self).values()}
+        return {id(tensor): expert_mean(tensor) for tensor in _tensors(self).values()}
 
     def expert_tensors(self, grad_scale: float = 1.) -> list[dict[int, Tensor]]:
         """Each expert: ``id`` of a stacked tensor → the expert's view into it."""
@@ -174,7 +174,7 @@ class EWAFFN(StackedExperts):
         """A known layout with the mean expert's tensors."""
         for layer in self._modules.values():
             if isinstance(layer, (nn.Linear, nn.LayerNorm)):
-                weight, bias = (t if t is None else _mean(t) for t in (layer.weight, layer.bias))
+                weight, bias = (t if t is None else expert_mean(t) for t in (layer.weight, layer.bias))
                 x = F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else \
                     F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
             else:
@@ -276,7 +276,7 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
-def _mean(stacked: Tensor) -> Tensor:
+def expert_mean(stacked: Tensor) -> Tensor:
     """Mean over the experts, exact where they are equal; integers (counters, indices) are the first expert's."""
     if not (stacked.is_floating_point() or stacked.is_complex()):
         return stacked[0]

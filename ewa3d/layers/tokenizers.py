@@ -1,16 +1,17 @@
 """Tokenizers turn raw input into :class:`~ewa3d.structures.Tokens`."""
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer
-from ewa3d.layers.block import init_vit
+from ewa3d.layers.block import Pointwise, init_vit, pointwise
 from ewa3d.ops import fps, gather, neighbours, patch_max
 from ewa3d.registry import MODELS
 from ewa3d.structures import Tokens
 
-__all__ = ['PatchEncoder', 'PointPatchEmbed']
+__all__ = ['PatchEncoder', 'PointPatchEmbed', 'group_points', 'points_of']
 
 
 class PatchEncoder(nn.Module):
@@ -21,7 +22,8 @@ class PatchEncoder(nn.Module):
     and used in two halves, so that the half for the maximum is computed once a patch instead of once a point.
 
     Shape:
-        - ``(P, K, in_channels)`` to ``(P, out_channels)``, for ``P`` patches of ``K`` points.
+        - ``(P, K, in_channels)`` to ``(P, out_channels)``, for ``P`` patches of ``K`` points; ``keep`` ``(V,)`` int64
+          asks for the features of these patches alone, ``(V, out_channels)``.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 384, widths: tuple[int, int, int] = (128, 256, 512)):
@@ -31,33 +33,30 @@ class PatchEncoder(nn.Module):
         for width in widths:
             check_integer('each of widths', width, 1)
         inner, middle, outer = widths
-        self.first_conv = nn.Sequential(nn.Linear(in_channels, inner), nn.BatchNorm1d(inner), nn.ReLU(inplace=True),
-                                        nn.Linear(inner, middle))
-        self.second_conv = nn.Sequential(nn.Linear(2 * middle, outer), nn.BatchNorm1d(outer), nn.ReLU(inplace=True),
-                                         nn.Linear(outer, out_channels))
+        self.first_conv = nn.Sequential(Pointwise(in_channels, inner), nn.BatchNorm1d(inner), nn.ReLU(inplace=True),
+                                        Pointwise(inner, middle))
+        self.second_conv = nn.Sequential(Pointwise(2 * middle, outer), nn.BatchNorm1d(outer), nn.ReLU(inplace=True),
+                                         Pointwise(outer, out_channels))
 
-    def forward(self, patches: Tensor) -> Tensor:
-        P, K, C = patches.shape
-        x = self.first_conv(patches.reshape(P * K, C))  # (P K, middle)
-        x = self._stage_two_input(x, K)
-        for layer in list(self.second_conv)[1:]:
-            x = layer(x)
-        return patch_max(x.view(P, K, -1))
+    def forward(self, patches: Tensor, keep: Tensor | None = None) -> Tensor:
+        first, norm, activation, second = self.first_conv
+        x = second(_normed(first(patches), norm, activation))  # (P, K, middle)
+        _, norm, activation, last = self.second_conv
+        x = _normed(self._stage_two_input(x), norm, activation)  # (P, K, outer)
+        if keep is not None:  # behind the last batch statistics, which are those of all patches with and without it
+            x = x.index_select(0, keep)
+        return patch_max(last(x))
 
-    def _stage_two_input(self, x: Tensor, K: int) -> Tensor:
+    def _stage_two_input(self, x: Tensor) -> Tensor:
         linear = self.second_conv[0]
         of_maximum, of_point = linear.weight.chunk(2, 1)
-        shared = F.linear(patch_max(x.view(-1, K, x.shape[1])), of_maximum, linear.bias)  # (P, outer)
-        x = F.linear(x, of_point).view(-1, K, shared.shape[1]) + shared.unsqueeze(1)
-        return x.flatten(0, 1)  # (P K, outer)
+        shared = F.linear(patch_max(x), of_maximum, linear.bias)  # (P, outer)
+        return pointwise(x, of_point) + shared.unsqueeze(1)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Published weights have the trailing dimension of a 1×1 convolution."""
-        for name in ('first_conv.0', 'first_conv.3', 'second_conv.0', 'second_conv.3'):
-            key = f'{prefix}{name}.weight'
-            if key in state_dict and state_dict[key].ndim == 3 and state_dict[key].shape[-1] == 1:
-                state_dict[key] = state_dict[key].squeeze(-1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _normed(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
+    """Norm and activation of the points of all patches: ``(P, K, C)``, kept."""
+    return activation(norm(x.flatten(0, 1))).view(x.shape)  # the view comes last: one of them is in place
 
 
 @MODELS.register_module()
@@ -107,23 +106,58 @@ class PointPatchEmbed(nn.Module):
         """Centres ``(B, G, 3)`` and patches ``(B, G, K, in_channels)`` relative to them."""
         if points.ndim != 3 or points.shape[-1] != self.in_channels:
             raise ValueError(f'points must have the shape (B, N, {self.in_channels}), got {tuple(points.shape)}')
-        if points.shape[1] < max(self.num_groups, self.group_size):
-            raise ValueError(f'{points.shape[1]} points are too few for num_groups={self.num_groups} and '
-                             f'group_size={self.group_size}')
-        xyz = points[..., :3]
-        center = gather(xyz, fps(xyz, self.num_groups, skip_origin=self.skip_origin))
-        patches = gather(points, neighbours(center, xyz, self.group_size))  # (B, G, K, C)
-        offset = F.pad(center, (0, self.in_channels - 3)) if self.in_channels > 3 else center
-        return center, patches - offset.unsqueeze(2)
+        return group_points(points, self.num_groups, self.group_size, self.skip_origin)
+
+    def embed(self, center: Tensor, patches: Tensor, keep: Tensor | None = None) -> Tokens:
+        """Tokens of what :meth:`group` returned, or of a mixture of such.
+
+        Args:
+            keep: ``(B, V)`` numbers of the patches whose features are wanted: ``x`` and ``pos`` are then
+                ``(B, V, embed_dim)``, and the layers behind the last batch statistics are spared the other patches.
+        """
+        (B, G), coord, rows = patches.shape[:2], center, None
+        if keep is not None:
+            coord = gather(center, keep)
+            rows = (keep + torch.arange(B, device=keep.device).mul(G).unsqueeze(1)).flatten()
+        x = self.encoder(patches.flatten(0, 1), rows).view(*coord.shape[:2], -1)  # (B, V or G, encoder_dim)
+        return Tokens(self.reduce_dim(x), self.pos_embed(coord), center, patches[..., :3])
 
     def forward(self, inputs: dict | Tensor) -> Tokens:
-        points = _points(inputs)
-        center, patches = self.group(points)
-        x = self.encoder(patches.flatten(0, 1)).view(*patches.shape[:2], -1)  # (B, G, encoder_dim)
-        return Tokens(self.reduce_dim(x), self.pos_embed(center), center, patches[..., :3])
+        return self.embed(*self.group(points_of(inputs)))
 
 
-def _points(inputs: Mapping | Tensor) -> Tensor:
+def group_points(points: Tensor, num_groups: int, group_size: int, skip_origin: bool = False) -> tuple[Tensor, Tensor]:
+    """Centres by farthest point sampling and the nearest points of each, relative to it.
+
+    Args:
+        skip_origin: see :func:`ewa3d.ops.fps`.
+
+    Shape:
+        - points ``(B, N, 3 + F)``; returns centres ``(B, num_groups, 3)`` and patches
+          ``(B, num_groups, group_size, 3 + F)``, whose features are as they were.
+
+    Raises:
+        ValueError: another shape, fewer points than groups or neighbours, coordinates not finite.
+    """
+    if points.ndim != 3 or points.shape[-1] < 3:
+        raise ValueError(f'points must have the shape (B, N, 3 + F), got {tuple(points.shape)}')
+    if points.shape[1] < max(num_groups, group_size):
+        raise ValueError(f'{points.shape[1]} points are too few for num_groups={num_groups} and '
+                         f'group_size={group_size}')
+    xyz = points[..., :3]
+    center = gather(xyz, fps(xyz, num_groups, skip_origin=skip_origin))
+    patches = gather(points, neighbours(center, xyz, group_size))  # (B, G, K, C)
+    features = points.shape[-1] - 3
+    offset = F.pad(center, (0, features)) if features else center
+    return center, patches - offset.unsqueeze(2)
+
+
+def points_of(inputs: Mapping | Tensor) -> Tensor:
+    """The cloud of ``dict(points=...)``, or the tensor itself.
+
+    Raises:
+        KeyError, TypeError: inputs without ``points``, or no tensor.
+    """
     points = inputs
     if isinstance(inputs, Mapping):
         if 'points' not in inputs:

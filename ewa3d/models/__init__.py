@@ -1,4 +1,5 @@
-"""Models: backbone, necks, heads and the task model that holds them. Importing registers them."""
-from ewa3d.models import backbone, heads, necks, preprocessor, task
+"""Models: backbone, necks, heads, the models that hold them, the tokenizer. Importing registers them."""
+from ewa3d.models import backbone, dvae, heads, masked, necks, partseg, preprocessor, propagation, task, token_model
 
-__all__ = ['backbone', 'heads', 'necks', 'preprocessor', 'task']
+__all__ = ['backbone', 'dvae', 'heads', 'masked', 'necks', 'partseg', 'preprocessor', 'propagation', 'task',
+           'token_model']

@@ -1,4 +1,4 @@
-"""Backbones: tokens in, features out."""
+"""Backbones: tokens in, features out; and the stack of blocks that they share with decoders."""
 from collections.abc import Sequence
 
 import torch
@@ -9,11 +9,74 @@ from ewa3d.layers.block import Block, init_vit
 from ewa3d.registry import MODELS
 from ewa3d.structures import Tokens
 
-__all__ = ['TokenEncoder']
+__all__ = ['TokenEncoder', 'TransformerStack']
+
+
+class TransformerStack(nn.Module):
+    """``blocks`` and a final ``norm``, with a positional embedding that is added again before every block, or once.
+
+    A base class: a subclass calls :meth:`add_blocks` where its other parameters leave room for them.
+    """
+    pos = 'every'
+
+    def add_blocks(self, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float = 4., qkv_bias: bool = False,
+                   drop_path_rate: float = 0., proj_drop: float = 0., attn_drop: float = 0.,
+                   norm_eps: float = 1e-5) -> None:
+        """Make the blocks; stochastic depth rises linearly from 0 in the first to ``drop_path_rate`` in the last.
+
+        Raises:
+            TypeError, ValueError: a number out of range, or no number.
+        """
+        where = type(self).__name__
+        for name, value in (('embed_dim', embed_dim), ('depth', depth), ('num_heads', num_heads)):
+            check_integer(f'{where}: {name}', value, 1)
+        for name, value, within in (('mlp_ratio', mlp_ratio, '(0, inf)'), ('drop_path_rate', drop_path_rate, '[0, 1)'),
+                                    ('proj_drop', proj_drop, '[0, 1]'), ('attn_drop', attn_drop, '[0, 1]'),
+                                    ('norm_eps', norm_eps, '[0, inf)')):
+            check_number(f'{where}: {name}', value, within)
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop, drop_path=rate)
+            for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        for block in self.blocks:
+            block.norm1.eps = block.norm2.eps = norm_eps
+        self.norm.apply(init_vit)
+
+    def run(self, x: Tensor, pos: Tensor, out_indices: Sequence[int] = (), norm: bool = True):
+        """``x`` after all blocks, or a tuple of what the blocks ``out_indices`` give (see :meth:`TokenEncoder.encode`).
+
+        Shape:
+            - x, pos ``(B, L, C)``; returns ``(B, L, C)`` or a tuple of such.
+        """
+        wanted = self.block_numbers(out_indices)
+        if self.pos == 'first':
+            x = x + pos
+        outputs = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x + pos if self.pos == 'every' else x)
+            if i in wanted:
+                outputs[i] = self.norm(x) if norm else x
+                if len(outputs) == len(wanted):
+                    return tuple(outputs[i] for i in wanted)
+        return self.norm(x) if norm else x
+
+    def block_numbers(self, out_indices: Sequence[int]) -> list[int]:
+        """The blocks ``out_indices``, counted from the first; ``ValueError`` where one is not there or twice."""
+        depth = len(self.blocks)
+        numbers = []
+        for i in out_indices:
+            if not isinstance(i, int) or not -depth <= i < depth:
+                raise ValueError(f'out_indices={tuple(out_indices)}: {i!r} is not one of the {depth} blocks '
+                                 f'({-depth} to {depth - 1})')
+            numbers.append(i % depth)
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f'out_indices={tuple(out_indices)} names a block twice')
+        return numbers
 
 
 @MODELS.register_module()
-class TokenEncoder(nn.Module):
+class TokenEncoder(TransformerStack):
     """A tokenizer and a pre-norm transformer: the encoder of Point-BERT, Point-MAE and, with ``pos='first'``, a ViT.
 
     Args:
@@ -34,12 +97,7 @@ class TokenEncoder(nn.Module):
         super().__init__()
         if pos not in ('every', 'first'):
             raise ValueError(f"pos must be 'every' or 'first', got {pos!r}")
-        for name, value in (('embed_dim', embed_dim), ('depth', depth), ('num_heads', num_heads)):
-            check_integer(f'TokenEncoder: {name}', value, 1)
-        for name, value, within in (('mlp_ratio', mlp_ratio, '(0, inf)'), ('drop_path_rate', drop_path_rate, '[0, 1)'),
-                                    ('proj_drop', proj_drop, '[0, 1]'), ('attn_drop', attn_drop, '[0, 1]'),
-                                    ('norm_eps', norm_eps, '[0, inf)')):
-            check_number(f'TokenEncoder: {name}', value, within)
+        check_integer('TokenEncoder: embed_dim', embed_dim, 1)
         if not isinstance(tokenizer, nn.Module):
             tokenizer = MODELS.build({'embed_dim': embed_dim, **tokenizer})
         if getattr(tokenizer, 'embed_dim', embed_dim) != embed_dim:
@@ -52,14 +110,8 @@ class TokenEncoder(nn.Module):
         if cls_token:
             self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
             self.cls_pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop, drop_path=rate)
-            for rate in rates)
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        for block in self.blocks:
-            block.norm1.eps = block.norm2.eps = norm_eps
-        self.norm.apply(init_vit)
+        self.add_blocks(embed_dim, depth, num_heads, mlp_ratio, qkv_bias, drop_path_rate, proj_drop, attn_drop,
+                        norm_eps)
 
     def tokenize(self, inputs) -> Tokens:
         """Patch tokens of the inputs, without the class token."""
@@ -79,33 +131,11 @@ class TokenEncoder(nn.Module):
         Raises:
             ValueError: a block number that does not exist or occurs twice.
         """
-        wanted = self._block_numbers(out_indices)
         if self.num_prefix_tokens:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
             pos = torch.cat([self.cls_pos.expand(pos.shape[0], -1, -1).to(pos.dtype), pos], 1)
-        if self.pos == 'first':
-            x = x + pos
-        outputs = {}
-        for i, block in enumerate(self.blocks):
-            x = block(x + pos if self.pos == 'every' else x)
-            if i in wanted:
-                outputs[i] = self.norm(x) if norm else x
-                if len(outputs) == len(wanted):
-                    return tuple(outputs[i] for i in wanted)
-        return self.norm(x) if norm else x
+        return self.run(x, pos, out_indices, norm)
 
     def forward(self, inputs, out_indices: Sequence[int] = ()):
         tokens = self.tokenize(inputs)
         return self.encode(tokens.x, tokens.pos, out_indices)
-
-    def _block_numbers(self, out_indices: Sequence[int]) -> list[int]:
-        depth = len(self.blocks)
-        numbers = []
-        for i in out_indices:
-            if not isinstance(i, int) or not -depth <= i < depth:
-                raise ValueError(f'out_indices={tuple(out_indices)}: {i!r} is not one of the {depth} blocks '
-                                 f'({-depth} to {depth - 1})')
-            numbers.append(i % depth)
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f'out_indices={tuple(out_indices)} names a block twice')
-        return numbers

@@ -1,6 +1,7 @@
 """From a config, and where given a checkpoint, to a model."""
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from mmengine.config import Config
@@ -9,7 +10,7 @@ from ewa3d.models.task import TaskModel
 from ewa3d.models.weights import num_outputs
 from ewa3d.registry import MODELS
 
-__all__ = ['build']
+__all__ = ['build', 'fill_from_checkpoint', 'fill_model', 'wanted_from_data']
 
 
 def build(config: str | Path | Config | dict, checkpoint: str | Path | None = None,
@@ -39,11 +40,11 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
     if checkpoint is not None:
         from ewa3d.engine.checkpoint import load_any, read_checkpoint, select_weights
         weights = read_checkpoint(checkpoint)
-    head = cfg.get('head')
-    if isinstance(head, Mapping):
-        head.update(num_classes=num_classes or head.get('num_classes') or _classes_of(weights))
+    if num_classes and 'num_classes' in _parameters(cfg.get('head')):
+        cfg['head'].update(num_classes=num_classes)
+    fill_from_checkpoint(cfg, weights)
     if weights:
-        cfg.pop('pretrained', None)  # the checkpoint replaces it
+        cfg = _without_pretrained(cfg)  # the checkpoint has it all
     model = MODELS.build(cfg)
     if weights:
         load_any(model, weights, select_weights(weights)[0], str(checkpoint))
@@ -51,6 +52,51 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
     return model
 
 
-def _classes_of(checkpoint: Mapping) -> int | None:
-    classes = ((checkpoint.get('meta') or {}).get('dataset_meta') or {}).get('classes')
-    return len(classes) if classes else num_outputs(checkpoint) if checkpoint else None
+def _without_pretrained(cfg):
+    """``cfg`` without the weights that its parts would start from."""
+    if isinstance(cfg, Mapping):
+        return {key: _without_pretrained(value) for key, value in cfg.items() if key != 'pretrained'}
+    return [_without_pretrained(value) for value in cfg] if isinstance(cfg, (list, tuple)) else cfg
+
+
+def fill_model(cfg: MutableMapping, metainfo: Mapping, which: str) -> None:
+    """Fill in place what a model's config leaves out and a data set knows: the head's ``num_classes`` or ``parts``, the
+    neck's ``num_categories``.
+
+    Args:
+        metainfo: of the data set, with ``classes`` and, for part segmentation, ``parts``. which: its name in errors.
+
+    Raises:
+        ValueError: the config gives fewer classes than the data have.
+    """
+    classes = list(metainfo.get('classes') or [])
+    for part, key in wanted_from_data(cfg):
+        given = cfg[part].get(key)
+        if key == 'parts':
+            if given is None and metainfo.get(key):
+                cfg[part][key] = {name: list(ids) for name, ids in metainfo[key].items()}
+        elif classes:
+            if given and given < len(classes):
+                raise ValueError(f'model.{part}.{key} is {given}, but the {which} data have {len(classes)} classes '
+                                 f'({", ".join(map(str, classes[:5]))}, …); leave it out to take it from the data')
+            cfg[part][key] = len(classes) if given is None else given
+
+
+def fill_from_checkpoint(cfg: MutableMapping, checkpoint: Mapping) -> None:
+    """:func:`fill_model` from the data set that a checkpoint (empty: none) tells, else from its weights."""
+    fill_model(cfg, (checkpoint.get('meta') or {}).get('dataset_meta') or {}, "checkpoint's")
+    if checkpoint and ('head', 'num_classes') in wanted_from_data(cfg) and cfg['head'].get('num_classes') is None:
+        cfg['head']['num_classes'] = num_outputs(checkpoint)
+
+
+def wanted_from_data(cfg: Mapping) -> list[tuple[str, str]]:
+    """The parts of a model's config, and their keywords, that :func:`fill_model` fills in."""
+    known = (('head', 'num_classes'), ('head', 'parts'), ('neck', 'num_categories'))
+    return [(part, key) for part, key in known if key in _parameters(cfg.get(part))]
+
+
+def _parameters(cfg) -> set[str]:
+    """The keywords that the class of a part's config takes."""
+    if not isinstance(cfg, Mapping) or 'type' not in cfg:
+        return set()
+    return set(inspect.signature(MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']).parameters)

@@ -1,69 +1,60 @@
 """The model that a runner trains: preprocessor, backbone, neck, head."""
-import inspect
 from collections.abc import Sequence
 
-from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from ewa3d.models.weights import load_plain
-from ewa3d.registry import MODELS, nearest
+from ewa3d.models.base import ExpandableModel, build_module, check_mode, inputs_of
+from ewa3d.registry import MODELS
 from ewa3d.structures import Sample
 
 __all__ = ['TaskModel']
 
 
 @MODELS.register_module()
-class TaskModel(BaseModel):
+class TaskModel(ExpandableModel):
     """Backbone, neck and head behind mmengine's calls.
-
-    Construction has one order: build and initialise, load ``pretrained`` plain weights, ``expand``. Optimizer,
-    wrappers, compilation and averages come after it.
 
     Args:
         backbone, neck, head: modules or configs. What follows from another part is filled in where a config leaves it
-            out: the neck's ``num_prefix_tokens``, the head's ``in_channels``.
-        expand: rules for :func:`ewa3d.expand`; the report is kept as ``expand_report``.
-        pretrained: path of plain weights, or keywords of :func:`ewa3d.models.weights.load_plain` with ``source``. A
-            path alone loads what fits of the backbone, and the head only where it fits.
+            out: the neck's ``num_prefix_tokens``, ``embed_dim``, ``in_channels`` and ``skip_origin``, the head's
+            ``in_channels``. A neck with ``out_indices`` is given the features of these blocks, where the tokens sit,
+            and the inputs.
+        expand, pretrained: see :meth:`ExpandableModel.finish`.
         data_preprocessor: ``Preprocessor`` unless given.
 
     Shape:
-        - inputs ``dict(points=(B, N, 3 + F))``.
+        - inputs ``dict(points=(B, N, 3 + F))``, and what else the neck asks for (``category=(B,)``).
         - returns the head's raw output (``mode='tensor'``), a dict of losses (``'loss'``) or samples (``'predict'``).
     """
 
     def __init__(self, backbone: dict | nn.Module, neck: dict | nn.Module | None = None,
                  head: dict | nn.Module | None = None, expand: Sequence[dict] | None = None,
                  pretrained: str | dict | None = None, data_preprocessor: dict | nn.Module | None = None):
-        super().__init__(_build(data_preprocessor or dict(type='Preprocessor')))
-        self.backbone = _build(backbone)
-        self.neck = _build(neck, num_prefix_tokens=getattr(self.backbone, 'num_prefix_tokens', 0))
+        super().__init__(data_preprocessor)
+        self.backbone = build_module(backbone)
+        tokenizer = getattr(self.backbone, 'tokenizer', None)
+        self.neck = build_module(neck, num_prefix_tokens=getattr(self.backbone, 'num_prefix_tokens', 0),
+                                 embed_dim=self.backbone.embed_dim, in_channels=getattr(tokenizer, 'in_channels', 3),
+                                 skip_origin=getattr(tokenizer, 'skip_origin', False))
         width = self.backbone.embed_dim
         if hasattr(self.neck, 'out_channels'):
             width = self.neck.out_channels(width)
-        self.head = _build(head, in_channels=width)
-        if pretrained:
-            options = dict(source=pretrained, strict=False, skip_head='mismatched') \
-                if isinstance(pretrained, str) else dict(pretrained)
-            self.load_report = load_plain(self, **options)
-        if expand:
-            from ewa3d.reparam import expand as expand_modules
-            self.expand_report = expand_modules(self, expand)
-        self._is_init = True
-
-    def init_weights(self) -> None:
-        """Nothing: constructors initialise. mmengine calls this before training, when weights may be loaded already
-        (and would call the ``init_weights`` of every part, timm's models among them)."""
+        self.head = build_module(head, in_channels=width)
+        self.finish(pretrained, expand)
 
     def extract(self, points: Tensor | dict) -> Tensor:
-        """Pooled features, the head's input, of ``points`` ``(B, N, 3 + F)`` (or of ``dict(points=...)``)."""
-        inputs = points if isinstance(points, dict) else dict(points=points)
+        """The head's input, of ``points`` ``(B, N, 3 + F)`` or of ``dict(points=...)``: pooled features, or those of
+        every point."""
+        inputs = inputs_of(points)
+        if hasattr(self.neck, 'out_indices'):
+            tokens = self.backbone.tokenize(inputs)
+            feats = self.backbone.encode(tokens.x, tokens.pos, self.neck.out_indices)
+            return self.neck(feats, tokens.coord, inputs)
         feats = self.backbone(inputs)
         return feats if self.neck is None else self.neck(feats)
 
     def forward(self, inputs: dict | Tensor, data_samples: Sequence[Sample] | None = None, mode: str = 'tensor'):
-        if mode not in ('tensor', 'loss', 'predict'):
-            raise ValueError(f'mode={mode!r}: {nearest(mode, ("tensor", "loss", "predict"))}')
+        check_mode(mode)
         feats = self.extract(inputs)
         if self.head is None:
             if mode == 'tensor':
@@ -76,15 +67,3 @@ class TaskModel(BaseModel):
         if data_samples is None:
             raise ValueError("mode='loss' needs data_samples")
         return self.head.loss(feats, data_samples)
-
-
-def _build(cfg: dict | nn.Module | None, **derived) -> nn.Module | None:
-    """The module of ``cfg``, with those of the ``derived`` keywords that its class takes and the config leaves out."""
-    if cfg is None or isinstance(cfg, nn.Module):
-        return cfg
-    if 'type' in cfg:
-        cls = MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
-        taken = inspect.signature(cls).parameters
-        derived = {k: v for k, v in derived.items() if k in taken and cfg.get(k) is None}
-        cfg = {**cfg, **derived}
-    return MODELS.build(cfg)

@@ -7,26 +7,72 @@ from typing import NamedTuple
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from ewa3d.checks import some
 from ewa3d.registry import nearest
 
-__all__ = ['RENAMES', 'LoadReport', 'load_plain', 'num_outputs', 'rename']
+__all__ = ['LAYOUTS', 'Layout', 'LoadReport', 'is_pretraining', 'layouts_of', 'load_plain', 'num_outputs', 'rename',
+           'squeezed', 'stacked_keys', 'state_dict_of']
 
-_POINT_TRANSFORMER = (
-    ('encoder.', 'backbone.tokenizer.encoder.'), ('reduce_dim.', 'backbone.tokenizer.reduce_dim.'),
-    ('pos_embed.', 'backbone.tokenizer.pos_embed.'), ('blocks.blocks.', 'backbone.blocks.'),
-    ('norm.', 'backbone.norm.'))
 
-# Prefixes there and here, by layout. The checkpoints' own names are those of the projects' released files.
-RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
-    'point_mae': _POINT_TRANSFORMER + (  # the classifier; Point-BERT's has the same names
-        ('cls_token', 'backbone.cls_token'), ('cls_pos', 'backbone.cls_pos'), ('cls_head_finetune.', 'head.layers.')),
-    'point_mae_pretrain': tuple(('MAE_encoder.' + there, here) for there, here in _POINT_TRANSFORMER),
+class Layout(NamedTuple):
+    """How a project names and nests the weights of one kind of model.
+
+    ``renames`` are prefixes there and here. A state dict is of the layout where all of ``marks`` begin some key and
+    ``absent`` begins none (prefixes there, or such of ours that have none there).
+    """
+    kind: str
+    task: str
+    renames: tuple[tuple[str, str], ...]
+    marks: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    entry: str = 'base_model'
+
+
+def _at(there: str, here: str, table: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((there + name, here + ours) for name, ours in table)
+
+
+# Names there are those of the projects' released files.
+_ENCODER = (('encoder.', 'tokenizer.encoder.'), ('reduce_dim.', 'tokenizer.reduce_dim.'),
+            ('pos_embed.', 'tokenizer.pos_embed.'), ('blocks.blocks.', 'blocks.'), ('norm.', 'norm.'),
+            ('cls_token', 'cls_token'), ('cls_pos', 'cls_pos'))
+_CLASSIFIER = (*_at('', 'backbone.', _ENCODER), ('cls_head_finetune.', 'head.layers.'))
+_MASKED = (*_at('', 'backbone.', _ENCODER), ('mask_token', 'mask_token'), ('lm_head.', 'lm_head.'),
+           ('cls_head.', 'cls_head.'))  # Point-BERT's transformer while it pretrains
+_PARTS = (*_at('', 'backbone.', _ENCODER), *_at('', 'neck.', tuple((name, name) for name in (
+    'label_conv.', 'propagation_', 'dgcnn_pro_'))))
+_MAE_PARTS = (*_PARTS, ('convs1.', 'head.layers.0.'), ('bns1.', 'head.layers.1.'), ('convs2.', 'head.layers.4.'),
+              ('bns2.', 'head.layers.5.'), ('convs3.', 'head.layers.7.'))
+_BERT_PARTS = (*_PARTS, ('conv1.', 'head.layers.0.'), ('bn1.', 'head.layers.1.'), ('conv2.', 'head.layers.4.'))
+
+LAYOUTS: dict[str, Layout] = {
+    'point_mae': Layout('point-mae', 'classifier', _CLASSIFIER, ('blocks.blocks.', 'cls_head_finetune.'),
+                        ('reduce_dim.', 'neck.')),
+    'point_mae_pretrain': Layout('point-mae', 'pretrain', (
+        *_at('MAE_encoder.', 'backbone.', _ENCODER), ('mask_token', 'mask_token'), ('MAE_decoder.', 'decoder.'),
+        ('decoder_pos_embed.', 'decoder_pos_embed.'), ('increase_dim.0.', 'increase_dim.')),
+        ('MAE_encoder.blocks.blocks.', 'MAE_decoder.', 'increase_dim.0.')),
+    'point_mae_partseg': Layout('point-mae', 'part-segmentation', _MAE_PARTS, (
+        'blocks.blocks.', 'label_conv.', 'propagation_0.'), ('reduce_dim.',), 'model_state_dict'),
+    'point_bert': Layout('point-bert', 'classifier', _CLASSIFIER, (
+        'blocks.blocks.', 'cls_head_finetune.', 'reduce_dim.'), ('neck.',)),
+    'point_bert_pretrain': Layout('point-bert', 'pretrain', (
+        *_at('transformer_q.', '', _MASKED), *_at('transformer_k.', 'momentum.', _MASKED), ('dvae.', 'dvae.'),
+        ('queue', 'queue')), ('transformer_q.blocks.blocks.', 'transformer_q.lm_head.')),
+    'point_bert_partseg': Layout('point-bert', 'part-segmentation', _BERT_PARTS, (
+        'blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.', 'propagation_0.'), entry='model_state_dict'),
+    'dvae': Layout('dvae', 'tokenizer', tuple((name, name) for name in (
+        'encoder.', 'dgcnn_1.', 'codebook', 'dgcnn_2.', 'decoder.')), ('codebook', 'dgcnn_1.', 'dgcnn_2.')),
 }
-# Of a pretraining checkpoint only the encoder goes into a task model.
-IGNORED = {'point_mae_pretrain': ('mask_token', 'decoder_pos_embed.', 'MAE_decoder.', 'increase_dim.')}
-# 1×1 convolutions there are linear layers here; the loader squeezes, the way back puts the dimension on again.
-CONVOLUTIONS = tuple(f'encoder.{name}.weight' for name in
-                     ('first_conv.0', 'first_conv.3', 'second_conv.0', 'second_conv.3'))
+# 1×1 convolutions there are linear layers here: the number of dimensions of their weights there.
+_CONVOLUTIONS = ((r'encoder\.(first|second)_conv\.[03]', 3), (r'increase_dim\.0', 3),
+                 (r'dgcnn_[12]\.(input_trans|layer5\.0)', 3), (r'dgcnn_[12]\.layer[1-4]\.0', 4),
+                 (r'decoder\.final_conv\.[036]', 3), (r'label_conv\.0', 3), (r'propagation_[012]\.mlp_convs\.\d+', 3),
+                 (r'dgcnn_pro_[12]\.layer[12]\.0', 4), (r'convs?[123]', 3))
+# What pretraining models have beside the backbone; of their checkpoints only that goes into a task model.
+_PRETRAINING = ('mask_token', 'decoder_pos_embed.', 'decoder.', 'increase_dim.', 'lm_head.', 'cls_head.', 'dvae.',
+                'momentum.', 'queue')
+_CLASS_TOKEN = ('backbone.cls_token', 'backbone.cls_pos')  # Point-MAE pretrains without
 _NESTED = ('state_dict', 'base_model', 'model_state_dict', 'model')
 
 
@@ -43,7 +89,7 @@ class LoadReport(NamedTuple):
         for title, keys in (('not in the checkpoint', self.missing), ('not in the model', self.unexpected),
                             ('skipped', self.skipped)):
             if keys:
-                lines.append(f'{len(keys)} {title}: {_some(keys)}')
+                lines.append(f'{len(keys)} {title}: {some(keys)}')
         return '; '.join(lines)
 
 
@@ -55,15 +101,15 @@ def rename(state: Mapping[str, Tensor], layout: str, reverse: bool = False) -> d
     Raises:
         KeyError: an unknown layout.
     """
-    if layout not in RENAMES:
-        raise KeyError(f'{layout!r} is no known weight layout; {nearest(layout, RENAMES)}')
+    if layout not in LAYOUTS:
+        raise KeyError(f'{layout!r} is no known weight layout; {nearest(layout, LAYOUTS)}')
     renamed = {}
     for key, value in state.items():
-        for there, here in RENAMES[layout]:
+        for there, here in LAYOUTS[layout].renames:
             old, new = (here, there) if reverse else (there, here)
             if key.startswith(old):
                 name = new + key[len(old):]
-                renamed[name] = value.unsqueeze(-1) if reverse and name.endswith(CONVOLUTIONS) else value
+                renamed[name] = _as_convolution(name, value) if reverse else value
                 break
         else:
             if not reverse:
@@ -71,31 +117,67 @@ def rename(state: Mapping[str, Tensor], layout: str, reverse: bool = False) -> d
     return renamed
 
 
-def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool = True,
-               skip_head: bool | str = False) -> LoadReport:
+def _as_convolution(name: str, value: Tensor) -> Tensor:
+    for pattern, ndim in _CONVOLUTIONS:
+        if re.search(rf'(^|\.){pattern}\.weight$', name):
+            return value.reshape(*value.shape, *[1] * (ndim - value.ndim))
+    return value
+
+
+def squeezed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the weights of 1×1 convolutions as those of linear layers, where ``own`` has such."""
+    def fit(key: str, value: Tensor) -> Tensor:
+        ndim = own[key].ndim if key in own else value.ndim
+        return value.reshape(value.shape[:ndim]) if set(value.shape[ndim:]) == {1} else value
+    return {key: fit(key, value) for key, value in state.items()}
+
+
+def layouts_of(state: Mapping, reverse: bool = False) -> list[str]:
+    """The layouts that the keys of ``state`` are of; with ``reverse``, those that it can be renamed to."""
+    def begins(mark: str, layout: Layout) -> bool:
+        mark = next((here + mark[len(there):] for there, here in layout.renames if mark.startswith(there)), mark) \
+            if reverse else mark
+        return any(key.startswith(mark) for key in state)
+    return [name for name, layout in LAYOUTS.items() if all(begins(mark, layout) for mark in layout.marks)
+            and not any(begins(mark, layout) for mark in layout.absent)]
+
+
+def is_pretraining(state: Mapping) -> bool:
+    """Whether the keys, ours, are those of a model that pretrains a backbone."""
+    return 'mask_token' in state
+
+
+def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool | str = True,
+               skip_head: bool | str = False, name: str | None = None) -> LoadReport:
     """Load plain weights into ``model``: ours, or those of a known project (recognised by their names).
+
+    Of a pretraining model's weights, a task model takes the backbone; the rest is reported as skipped.
 
     Args:
         source: a checkpoint's path, or its content.
         strict: raise where the model lacks a tensor or the checkpoint has one that the model has no place for. Without
-            it, such tensors are reported, and at least half of the backbone must be found.
-        skip_head: leave the head as it is: ``True``, or ``'mismatched'`` where its shapes differ.
+            it, such tensors are reported, and at least half of the backbone must be found. ``'transfer'`` is as strict,
+            but allows a pretraining model's weights to lack the head and the class token.
+        skip_head: leave the head as it is: ``True``, or ``'mismatched'`` where it is of another form or shape.
+        name: what to call the source in messages; by default its path.
 
     Returns:
-        a :class:`LoadReport`; without ``strict``, it is logged as well.
+        a :class:`LoadReport`; it is logged as well where something may have been left out.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not a checkpoint, weights of another model (nothing is loaded).
     """
-    name = str(source) if isinstance(source, (str, Path)) else 'the given weights'
-    state = _state_dict(source, name)
+    name = name or (str(source) if isinstance(source, (str, Path)) else 'the given weights')
+    state = state_dict_of(source, name)
     own = model.state_dict()
-    layout, state, ignored = _recognise(state, own)
+    layout, state = _recognise(state, own)
+    state, extras = _without_pretraining(state, own)
+    partial = not strict or (strict == 'transfer' and bool(extras))
     state, skipped = _without_head(state, own, skip_head, name)
     matched = [key for key in own if key in state]
     missing = [key for key in own if key not in state and key not in skipped]
     unexpected = [key for key in state if key not in own]
-    report = LoadReport(layout, matched, missing, unexpected, skipped + ignored)
+    report = LoadReport(layout, matched, missing, unexpected, skipped + extras)
     _refuse_expanded(state, own, name)
     _check(report, own, strict, name)
     backup = {key: own[key].clone() for key in matched}
@@ -104,23 +186,28 @@ def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool = Tr
     except RuntimeError as error:
         model.load_state_dict(backup, strict=False)
         raise ValueError(f'{name} has other shapes than the model: {" ".join(str(error).split())}') from None
-    if not strict:
+    if partial:
         print_log(f'{name}: {report}', logger='current')
     return report
 
 
 def num_outputs(checkpoint: Mapping) -> int | None:
     """The rows of the head's last layer in a checkpoint of ours or of a known project: how many classes it tells."""
-    state = _state_dict(checkpoint, 'the checkpoint')
-    for weights in (state, *(rename(state, layout) for layout in RENAMES)):
+    state = state_dict_of(checkpoint, 'the checkpoint')
+    for weights in (state, *(rename(state, layout) for layout in layouts_of(state))):
         layers = [key for key, value in weights.items() if key.startswith('head.') and value.ndim > 1]
         if layers:  # safetensors sorts names as text: layer 10 before layer 2
             last = sorted(layers, key=lambda key: [int(number) for number in re.findall(r'\d+', key)])[-1]
-            return int(weights[last].shape[-2])
+            return int(weights[last].shape[0])
     return None
 
 
-def _state_dict(source: str | Path | Mapping, name: str) -> dict[str, Tensor]:
+def state_dict_of(source: str | Path | Mapping, name: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, wherever projects nest them, without the prefix of a parallel wrapper.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not a checkpoint, no tensors in it.
+    """
     if isinstance(source, (str, Path)):
         from ewa3d.engine.checkpoint import read_checkpoint
         source = read_checkpoint(source)
@@ -130,18 +217,23 @@ def _state_dict(source: str | Path | Mapping, name: str) -> dict[str, Tensor]:
             break
     state = {key.removeprefix('module.'): value for key, value in source.items() if isinstance(value, Tensor)}
     if not state:
-        raise ValueError(f'{name} holds no tensors; found the keys {_some([str(key) for key in source])}')
+        raise ValueError(f'{name} holds no tensors; found the keys {some(source)}')
     return state
 
 
-def _recognise(state: dict, own: dict) -> tuple[str, dict, list[str]]:
-    """The layout under which most keys are the model's, the state renamed by it, and the keys that it leaves out."""
-    candidates = [('ewa3d', state, [])]
-    for layout in RENAMES:
-        ignored = [key for key in state if key.startswith(IGNORED.get(layout, ('\0',)))]
-        kept = {key: value for key, value in state.items() if key not in ignored}
-        candidates.append((layout, rename(kept, layout), ignored))
-    return max(candidates, key=lambda candidate: sum(key in own for key in candidate[1]))
+def _recognise(state: dict, own: dict) -> tuple[str, dict]:
+    """The layout under which most keys are the model's, and the state as that layout's names and shapes are here."""
+    likely = layouts_of(state)
+    candidates = {'ewa3d': state, **{layout: rename(state, layout) for layout in (*likely, *LAYOUTS)}}
+    best = max(candidates, key=lambda layout: sum(key in own for key in candidates[layout]))
+    return best, squeezed(candidates[best], own)
+
+
+def _without_pretraining(state: dict, own: dict) -> tuple[dict, list[str]]:
+    if is_pretraining(own) or not is_pretraining(state):
+        return state, []
+    extras = [key for key in state if key.startswith(_PRETRAINING)]
+    return {key: value for key, value in state.items() if key not in extras}, extras
 
 
 def _without_head(state: dict, own: dict, skip_head: bool | str, name: str) -> tuple[dict, list[str]]:
@@ -151,31 +243,35 @@ def _without_head(state: dict, own: dict, skip_head: bool | str, name: str) -> t
         key = differing[-1]
         raise ValueError(f"{name}: the head's {key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)} "
                          '(another number of classes?); skip_head=True leaves the head as it is')
-    if skip_head is True or differing:
+    if skip_head is True or (skip_head and (differing or not own.keys() >= set(head))):
         return {key: value for key, value in state.items() if key not in head}, \
             sorted({*head, *(key for key in own if key.startswith('head.'))})
     return state, []
 
 
+def stacked_keys(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """The keys of ``state`` that are stacked experts where the model, of the tensors ``own``, is plain: plain names
+    and one leading dimension."""
+    return [key for key, value in state.items() if key in own and value.ndim == own[key].ndim + 1
+            and value.shape[1:] == own[key].shape and value.shape[0] > 1]
+
+
 def _refuse_expanded(state: dict, own: dict, name: str) -> None:
-    """Stacked experts have the plain names and one leading dimension."""
-    stacked = [key for key, value in state.items() if key in own and value.ndim == own[key].ndim + 1
-               and value.shape[1:] == own[key].shape and value.shape[0] > 1]
+    stacked = stacked_keys(state, own)
     if stacked:
         raise ValueError(f'{name} is of an expanded model, and this one is plain: {stacked[0]} is '
                          f'{tuple(state[stacked[0]].shape)} there and {tuple(own[stacked[0]].shape)} here. '
                          f'`python tools/fuse.py CHECKPOINT OUT` makes the plain weights of it')
 
 
-def _check(report: LoadReport, own: dict, strict: bool, name: str) -> None:
+def _check(report: LoadReport, own: dict, strict: bool | str, name: str) -> None:
     backbone = [key for key in own if key.startswith('backbone.')]
     found = sum(key.startswith('backbone.') for key in report.matched)
     if not report.matched or 2 * found < len(backbone):
         raise ValueError(f'{name} holds the weights of another model: {len(report.matched)} of {len(own)} tensors '
-                         f'match. Expected keys such as {_some(list(own))}; found {_some(report.unexpected)}')
-    if strict and (report.missing or report.unexpected):
+                         f'match. Expected keys such as {some(own)}; found {some(report.unexpected)}')
+    lacking = report.missing
+    if strict == 'transfer' and report.skipped:
+        lacking = [key for key in lacking if key.startswith('backbone.') and key not in _CLASS_TOKEN]
+    if strict and (lacking or report.unexpected):
         raise ValueError(f'{name} does not fit the model: {report}')
-
-
-def _some(keys: list[str], count: int = 6) -> str:
-    return ', '.join(keys[:count]) + (f', … ({len(keys)} in all)' if len(keys) > count else '') or 'nothing'

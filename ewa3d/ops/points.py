@@ -190,8 +190,8 @@ def neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
 def _neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
     if points.device.type != 'cpu' or _tracing():
         return _by_topk(query, points, k)
-    if points.shape[1] >= TREE_POINTS and query.shape[1] >= TREE_QUERIES and _tree_class() is not None:
-        return _by_tree(query, points, k)
+    if points.shape[1] >= TREE_POINTS and query.shape[1] >= TREE_QUERIES and tree_class() is not None:
+        return search_trees(_search_tree, query, points, k)
     return torch.stack([_by_partition(q, p, k) for q, p in zip(query, points)]) if len(points) else \
         torch.empty(*query.shape[:2], k, dtype=torch.int64)
 
@@ -236,7 +236,7 @@ def _by_partition(query: Tensor, points: Tensor, k: int) -> Tensor:
 
 
 @functools.cache
-def _tree_class():
+def tree_class():
     """scipy's k-d tree, or ``None``."""
     try:
         from scipy.spatial import cKDTree
@@ -245,12 +245,12 @@ def _tree_class():
     return cKDTree
 
 
-def _by_tree(query: Tensor, points: Tensor, k: int) -> Tensor:
-    """Neighbours in all clouds by k-d trees, on as many threads as torch uses: one cloud each, or, where there is one
-    cloud, some of its queries each."""
+def search_trees(search, query: Tensor, points: Tensor, k: int) -> Tensor:
+    """``search(query, points, found, workers=...)`` for every cloud, in float64, on as many threads as torch uses: one
+    cloud each, or, where there is one cloud, some of its queries each. Returns the indices found, ``(B, M, k)``."""
     threads = torch.get_num_threads()
     found = np.empty((*query.shape[:2], k), np.int64)
-    search = functools.partial(_search_tree, workers=threads if len(points) == 1 else 1)
+    search = functools.partial(search, workers=threads if len(points) == 1 else 1)
     work = query.double().numpy(), points.double().numpy(), found
     if threads > 1 and len(points) > 1:
         with ThreadPoolExecutor(min(threads, len(points))) as pool:
@@ -268,7 +268,7 @@ def _search_tree(query: np.ndarray, points: np.ndarray, found: np.ndarray, worke
     """
     k, mask = found.shape[1], _index_mask(len(points))
     candidates = min(k + 1, len(points))
-    tree = _tree_class()(points, balanced_tree=False, compact_nodes=False)
+    tree = tree_class()(points, balanced_tree=False, compact_nodes=False)
     axes = points.T.copy()
     rows = max(1, CHUNK // candidates)
     for start in range(0, len(query), rows):

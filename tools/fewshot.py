@@ -1,0 +1,7 @@
+"""``python tools/fewshot.py --help``: see ewa3d/cli.py."""
+import sys
+
+from ewa3d.cli import main
+
+if __name__ == '__main__':
+    sys.exit(main(['fewshot', *sys.argv[1:]]))
