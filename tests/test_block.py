@@ -259,5 +259,5 @@ def test_pointwise_under_autocast_compiled_and_without_onednn(monkeypatch):
         assert layer(x).dtype == torch.bfloat16
     torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1))  # not contiguous
     torch.testing.assert_close(torch.compile(layer, backend='eager', fullgraph=True)(x), expected)
-    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
+    monkeypatch.setattr('ewa3d.layers.block.ONEDNN', False)
     assert torch.equal(layer(x), expected)

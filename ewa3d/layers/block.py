@@ -10,6 +10,8 @@ from ewa3d.checks import check_integer, check_number
 __all__ = ['Attention', 'Block', 'DropPath', 'LayerScale', 'Mlp', 'Pointwise', 'attend', 'init_vit',
            'pointwise']
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
            dropout_p: float = 0.) -> Tensor:
@@ -67,17 +69,17 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Shape:
         - x ``(P, K, C)``, or any ``(..., C)``; weight ``(H, C)``, bias ``(H,)``; returns ``(..., H)``.
     """
-    if not torch.compiler.is_compiling() and _is_faster_as_convolution(x):
+    if _is_faster_as_convolution(x):
         y = F.conv2d(x.unsqueeze(2).permute(0, 3, 1, 2), weight[:, :, None, None], bias)  # (P, H, K, 1), channels last
         return y.permute(0, 2, 3, 1).squeeze(2)
     return F.linear(x, weight, bias)
 
 
 def _is_faster_as_convolution(x: Tensor) -> bool:
-    patches = x.ndim == 3 and len(x) > 1 and x.is_contiguous()  # a batch of one goes to MKL even so
-    onednn = torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
-    return (patches and onednn and x.dtype == torch.float32 and x.device.type == 'cpu'
-            and not torch.is_autocast_enabled('cpu'))
+    """Whether oneDNN gets to compute it then; a batch of one goes to MKL even so, and exported graphs stay plain."""
+    patches = x.ndim == 3 and len(x) > 1 and x.is_contiguous() and x.dtype == torch.float32
+    exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+    return patches and ONEDNN and x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu') and not exporting()
 
 
 class DropPath(nn.Module):
