@@ -1,4 +1,3 @@
 _base_ = ['point-mae_xs_scratch_modelnet10-1k.py', '../_base_/reparam/ewa.py', '../_base_/reparam/ema.py']
 model = dict(expand=_base_.ewa)
 default_hooks = dict(ewa=_base_.ewa_hook, ema=_base_.ema_hook)
-optim_wrapper = dict(paramwise_cfg=dict(expert_lr_mult=2.0))
