@@ -15,7 +15,7 @@ from mmengine.config import Config, DictAction
 
 __all__ = ['main', 'train', 'test', 'fewshot', 'fuse', 'convert', 'load_config']
 
-EVALUATING = ('LoggerHook', 'LinearSVMHook', 'VotingHook')  # hooks that a test keeps
+EVALUATING = ('LoggerHook', 'LinearSVMHook', 'PartPicturesHook', 'VotingHook')  # hooks that a test keeps
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 
@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--vote', type=int, nargs='?', const=10, metavar='TIMES',
                          help='report beside the plain numbers those of logits averaged over so many (10) passes, each '
                               "drawn and augmented by the config's vote_pipeline, or else as in training")
+    command.add_argument('--pictures', type=int, nargs='?', const=1, metavar='N',
+                         help='of part segmentation: pictures/parts.png and .html in the work dir, of the N (1) best, '
+                              'median and worst shapes')
     command.set_defaults(command=test)
 
     command = commands.add_parser('fewshot', parents=[configured],
@@ -294,6 +297,8 @@ def test(args) -> int:
     keep = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if v and v.get('type') in EVALUATING}
     if args.vote is not None:
         keep['vote'] = dict(type='VotingHook', times=args.vote, pipeline=_vote_pipeline(cfg))
+    if args.pictures is not None:
+        keep['pictures'] = dict(type='PartPicturesHook', num_shapes=args.pictures)
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
         cfg[key] = None

@@ -18,8 +18,8 @@ import torch
 from ewa3d.files import atomic_write
 from ewa3d.registry import nearest
 
-__all__ = ['draw_clouds', 'draw_predictions', 'draw_reconstructions', 'draw_curves', 'draw_confusion', 'write_ply',
-           'palette']
+__all__ = ['draw_clouds', 'draw_predictions', 'draw_reconstructions', 'draw_curves', 'draw_confusion', 'part_cells',
+           'write_ply', 'palette']
 
 INK, MUTED = '#23272f', '#8a919c'
 RIGHT, WRONG, PLAIN, MADE, GREY = '#1f8a70', '#d1495b', '#3a6ea5', '#e07b39', '#b9bec6'
@@ -47,13 +47,13 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
     Raises:
         ValueError: no cloud, an empty one, non-finite coordinates, or lists of different lengths.
     """
-    arrays = [_cloud(cloud, f'clouds[{i}]') for i, cloud in enumerate(_listed(clouds, 'clouds'))]
+    arrays = [cloud_array(cloud, f'clouds[{i}]') for i, cloud in enumerate(listed(clouds, 'clouds'))]
     count = len(arrays)
-    titles = _per_cloud(titles, count, '', 'titles')
-    title_colors = _per_cloud(title_colors, count, INK, 'title_colors')
-    colors = _per_cloud(colors, count, PLAIN, 'colors')
+    titles = per_cloud(titles, count, '', 'titles')
+    title_colors = per_cloud(title_colors, count, INK, 'title_colors')
+    colors = per_cloud(colors, count, PLAIN, 'colors')
     frames = arrays if frames is None else \
-        [_cloud(frame, f'frames[{i}]') for i, frame in enumerate(_per_cloud(frames, count, None, 'frames'))]
+        [cloud_array(frame, f'frames[{i}]') for i, frame in enumerate(per_cloud(frames, count, None, 'frames'))]
     view = _view(up, azimuth, elevation)
     columns = columns or min(8, math.ceil(math.sqrt(count)))
     if columns < 1:
@@ -68,7 +68,7 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
         row, column = divmod(i, columns)
         bottom = height - top - (row + 1) * (size + line) + line
         axes = figure.add_axes((column * size / width, bottom / height, size / width, size / height))
-        _scatter(axes, points @ view.T, _point_colors(colors[i], len(points), f'colors[{i}]'), size, frames[i] @ view.T)
+        _scatter(axes, points @ view.T, point_colors(colors[i], len(points), f'colors[{i}]'), size, frames[i] @ view.T)
         if titles[i]:
             figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, titles[i], color=title_colors[i],
                         ha='center', va='top', fontsize=9)
@@ -85,7 +85,7 @@ def draw_predictions(clouds: Sequence, truth: Sequence[int], predicted: Sequence
         truth, predicted: class indices, one a cloud. classes: their names. kwargs: of :func:`draw_clouds`.
     """
     truth, predicted = _labels(truth, len(classes), 'truth'), _labels(predicted, len(classes), 'predicted')
-    clouds = _listed(clouds, 'clouds')
+    clouds = listed(clouds, 'clouds')
     if not len(clouds) == len(truth) == len(predicted):
         raise ValueError(f'{len(clouds)} clouds, {len(truth)} true and {len(predicted)} predicted labels; '
                          f'expected as many of each')
@@ -106,17 +106,17 @@ def draw_reconstructions(clouds: Sequence, reconstructed: Sequence, path, *, vis
         visible: ``(V_i, 3)``, drawn by itself and, in grey, with the reconstruction; without it there are two columns.
         titles: of the clouds. kwargs: of :func:`draw_clouds`.
     """
-    clouds = _listed(clouds, 'clouds')
-    made = _per_cloud(reconstructed, len(clouds), None, 'reconstructed')
-    seen = _per_cloud(visible, len(clouds), None, 'visible')
-    titles = _per_cloud(titles, len(clouds), 'input', 'titles')
+    clouds = listed(clouds, 'clouds')
+    made = per_cloud(reconstructed, len(clouds), None, 'reconstructed')
+    seen = per_cloud(visible, len(clouds), None, 'visible')
+    titles = per_cloud(titles, len(clouds), 'input', 'titles')
     cells = []
     for i, cloud in enumerate(clouds):
-        cloud, points = _cloud(cloud, f'clouds[{i}]'), _cloud(made[i], f'reconstructed[{i}]')
+        cloud, points = cloud_array(cloud, f'clouds[{i}]'), cloud_array(made[i], f'reconstructed[{i}]')
         cells.append((cloud, PLAIN, titles[i], cloud))
         rgb = np.tile(_rgb(MADE), (len(points), 1))
         if seen[i] is not None:
-            behind = _cloud(seen[i], f'visible[{i}]')
+            behind = cloud_array(seen[i], f'visible[{i}]')
             cells.append((behind, PLAIN, 'visible', cloud))
             points = np.concatenate([points, behind])
             rgb = np.concatenate([rgb, np.tile(_rgb(GREY), (len(behind), 1))])
@@ -124,6 +124,29 @@ def draw_reconstructions(clouds: Sequence, reconstructed: Sequence, path, *, vis
     points, colors, names, frames = map(list, zip(*cells))
     return draw_clouds(points, path, **{'titles': names, 'colors': colors, 'frames': frames,
                                         'columns': len(cells) // len(clouds), **kwargs})
+
+
+def part_cells(clouds: Sequence, truth: Sequence, predicted: Sequence, names: Sequence[str] | None = None) -> dict:
+    """Keywords for :func:`draw_clouds` and :func:`ewa3d.viewer.write_html`: a row a cloud, with its true parts, the
+    predicted ones, and where these are wrong (red).
+
+    Args:
+        clouds: ``(N_i, 3 + F)``. truth, predicted: ``(N_i,)`` part labels. names: of the clouds.
+    """
+    clouds = listed(clouds, 'clouds')
+    names = per_cloud(names, len(clouds), '', 'names')
+    cells = []
+    for i, (name, true, found) in enumerate(zip(names, per_cloud(truth, len(clouds), None, 'truth'),
+                                                per_cloud(predicted, len(clouds), None, 'predicted'))):
+        true, found = (_numpy(labels).astype(np.int64) for labels in (true, found))
+        if true.shape != found.shape:
+            raise ValueError(f'clouds[{i}] has {true.shape} true and {found.shape} predicted labels; expected as many')
+        errors = np.where((true == found)[:, None], _rgb(GREY), _rgb(WRONG))
+        share = 100 * float((true != found).mean())
+        cells += [(clouds[i], palette(true), name), (clouds[i], palette(found), 'predicted'),
+                  (clouds[i], errors, f'{share:.1f} % wrong')]
+    points, colors, titles = map(list, zip(*cells))
+    return dict(clouds=points, colors=colors, titles=titles, columns=3)
 
 
 def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', heading: str = '') -> Path:
@@ -200,7 +223,7 @@ def write_ply(path, points, colors=None) -> Path:
         - points: ``(N, 3 + F)``; the first three columns are written.
         - colors: as in :func:`draw_clouds`, for this one cloud.
     """
-    points = _cloud(points, 'points')
+    points = cloud_array(points, 'points')
     fields = [('x', '<f4'), ('y', '<f4'), ('z', '<f4')]
     if colors is not None:
         fields += [('red', 'u1'), ('green', 'u1'), ('blue', 'u1')]
@@ -208,7 +231,7 @@ def write_ply(path, points, colors=None) -> Path:
     for axis, name in enumerate('xyz'):
         vertices[name] = points[:, axis]
     if colors is not None:
-        rgb = np.rint(_point_colors(colors, len(points), 'colors') * 255).astype(np.uint8)
+        rgb = np.rint(point_colors(colors, len(points), 'colors') * 255).astype(np.uint8)
         for channel, name in enumerate(('red', 'green', 'blue')):
             vertices[name] = rgb[:, channel]
     kinds = {'<f4': 'float', 'u1': 'uchar'}
@@ -254,7 +277,7 @@ def _view(up: str, azimuth: float, elevation: float) -> np.ndarray:
     return np.stack([right, away, np.cross(right, away)])[:, np.argsort(UP_AXES[up])]
 
 
-def _cloud(value, name: str) -> np.ndarray:
+def cloud_array(value, name: str) -> np.ndarray:
     points = _numpy(value)
     if points.ndim != 2 or points.shape[1] < 3 or len(points) == 0:
         raise ValueError(f'{name} has shape {points.shape}; expected (N, 3 + F) with N > 0')
@@ -265,7 +288,7 @@ def _cloud(value, name: str) -> np.ndarray:
     return points
 
 
-def _point_colors(value, count: int, name: str) -> np.ndarray:
+def point_colors(value, count: int, name: str) -> np.ndarray:
     """Any of the accepted colour forms → RGB in [0, 1], ``(count, 3)``."""
     if isinstance(value, str):
         return np.tile(_rgb(value), (count, 1))
@@ -302,7 +325,7 @@ def _labels(values, classes: int, name: str) -> list[int]:
     return labels
 
 
-def _per_cloud(values, count: int, default, name: str) -> list:
+def per_cloud(values, count: int, default, name: str) -> list:
     if values is None:
         return [default] * count
     if isinstance(values, str) or len(values) != count:
@@ -310,7 +333,7 @@ def _per_cloud(values, count: int, default, name: str) -> list:
     return list(values)
 
 
-def _listed(clouds, name: str) -> list:
+def listed(clouds, name: str) -> list:
     clouds = list(clouds)
     if not clouds:
         raise ValueError(f'{name} is empty; expected at least one cloud')

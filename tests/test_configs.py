@@ -10,6 +10,7 @@ from mmengine.registry import DefaultScope
 from ewa3d import attach_ewa
 from ewa3d.engine.validate import check_config
 from ewa3d.layers.experts import iter_experts
+from ewa3d.models.build import fill_model
 from ewa3d.registry import MODELS
 from ewa3d.structures import Sample
 
@@ -30,7 +31,8 @@ def inheritance_depth(path: Path) -> int:
 
 def points_of(cfg: Config) -> int:
     """The number of points that the training pipeline ends with."""
-    return [t.num_points for t in cfg.train_dataloader.dataset.pipeline if t.type == 'Resample'][-1]
+    dataset = cfg.train_dataloader.dataset
+    return [dataset.get('num_points'), *(t.num_points for t in dataset.pipeline if t.type == 'Resample')][-1]
 
 
 def test_there_are_configs():
@@ -47,8 +49,7 @@ def test_is_valid_and_shallow(path):
 @pytest.mark.parametrize('path', LEAVES, ids=name)
 def test_builds_and_takes_one_step(path):
     cfg = Config.fromfile(path)
-    if 'head' in cfg.model:  # pretraining models have none
-        cfg.model.head.num_classes = 5
+    fill_model(cfg.model, dict(classes=list('abcde'), parts={name: [i] for i, name in enumerate('abcde')}), 'toy')
     for part in (cfg.model, cfg.model.get('dvae', {})):
         part.pop('pretrained', None)  # another run's result
     torch.manual_seed(0)
@@ -62,8 +63,9 @@ def test_builds_and_takes_one_step(path):
         handle = attach_ewa(wrapper.optimizer, model, total_steps=2, start_step=1, **settings)
     trainable = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trainable]
-    batch = dict(inputs=dict(points=[torch.randn(points_of(cfg), 3) for _ in range(2)]),
-                 data_samples=[Sample(gt_label=torch.tensor(i)) for i in range(2)])
+    points = points_of(cfg)
+    batch = dict(inputs=dict(points=[torch.randn(points, 3) for _ in range(2)], category=torch.arange(2)),
+                 data_samples=[Sample(gt_label=torch.tensor(i), gt_parts=torch.arange(points) % 5) for i in range(2)])
     losses = model.train_step(batch, wrapper)
     assert torch.isfinite(losses['loss'])
     changed = [not torch.equal(a, b) for a, b in zip(before, trainable)]

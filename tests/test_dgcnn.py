@@ -47,6 +47,12 @@ def test_edge_conv_is_the_published_one_forward_and_backward(shape):
         torch.testing.assert_close(got, wanted)
 
 
+def test_batches_that_are_computed_as_convolutions():
+    layer, graph = scrambled(EdgeConv(12, 16)).float(), graph_of(16, 9)
+    x = torch.randn(16, 9, 12)
+    torch.testing.assert_close(layer(x, graph), naive_edge_conv(layer, x, graph), atol=1e-5, rtol=1e-5)
+
+
 def test_the_order_of_neighbours_has_no_meaning():
     layer, graph = scrambled(EdgeConv(6, 8)), graph_of(2, 9)
     x = torch.randn(2, 9, 6, dtype=torch.float64)

@@ -6,11 +6,12 @@ from ewa3d.engine import (
     hooks,
     optim,
     params,
+    parts_hooks,
     pretrain_hooks,
     runner,
     schedules,
     validate,
 )
 
-__all__ = ['averaging', 'checkpoint', 'dvae_hooks', 'hooks', 'optim', 'params', 'pretrain_hooks', 'runner', 'schedules',
-           'validate']
+__all__ = ['averaging', 'checkpoint', 'dvae_hooks', 'hooks', 'optim', 'params', 'parts_hooks', 'pretrain_hooks',
+           'runner', 'schedules', 'validate']

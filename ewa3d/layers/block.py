@@ -76,8 +76,9 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_faster_as_convolution(x: Tensor) -> bool:
-    """Whether oneDNN gets to compute it then; a batch of one goes to MKL even so, and exported graphs stay plain."""
-    patches = x.ndim == 3 and len(x) > 1 and x.is_contiguous() and x.dtype == torch.float32
+    """Whether oneDNN gets to compute it then: on one thread torch has slower code for fewer than 16 patches. Exported
+    graphs stay plain."""
+    patches = x.ndim == 3 and len(x) >= 16 and x.is_contiguous() and x.dtype == torch.float32
     exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
     return patches and ONEDNN and x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu') and not exporting()
 

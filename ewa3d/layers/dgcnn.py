@@ -2,11 +2,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer
-from ewa3d.layers.block import Pointwise
+from ewa3d.layers.block import Pointwise, pointwise
 from ewa3d.ops import gather, patch_max
 
 __all__ = ['DGCNN', 'EdgeConv']
@@ -49,8 +48,8 @@ class EdgeConv(nn.Sequential):
     def forward(self, x: Tensor, graph: Tensor, query: Tensor | None = None) -> Tensor:
         linear, norm, act = self
         of_neighbour, of_self = linear.weight.chunk(2, 1)
-        own = F.linear(x if query is None else query, of_self - of_neighbour)  # (B, G or M, C)
-        edges = norm(gather(F.linear(x, of_neighbour), graph) + own.unsqueeze(2))  # (B, G, K, C)
+        own = pointwise(x if query is None else query, of_self - of_neighbour)  # (B, G or M, C)
+        edges = norm(gather(pointwise(x, of_neighbour), graph) + own.unsqueeze(2))  # (B, G, K, C)
         return act(patch_max(edges.flatten(0, 1))).view_as(own)
 
 

@@ -57,9 +57,9 @@ class FoldingDecoder(nn.Module):
         of_feature, of_grid, of_point = first.weight.split([C, 2, 3], 1)
         y = F.linear(x, of_feature, first.bias).view(B * G, 1, 1, -1) + F.linear(self.grid, of_grid) \
             + F.linear(coarse, of_point)  # (B G, M, 4, W)
-        y = y.flatten(0, 2)
+        y = y.flatten(1, 2)  # (B G, K, W)
         for layer in others:
-            y = layer(y)
+            y = layer(y) if isinstance(layer, Pointwise) else layer(y.flatten(0, 1)).view(y.shape)
         fine = coarse + at_least_single(y).view(B * G, -1, FOLD, 3)
         return coarse.view(B, G, -1, 3), fine.view(B, G, -1, 3)
 

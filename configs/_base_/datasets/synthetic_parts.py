@@ -1,0 +1,30 @@
+# The embedded data set with its 34 part labels: parametric shapes made on the fly from a seed, no download.
+train_pipeline = [
+    dict(type='Normalize'),
+    dict(type='RandomScale', scale=(0.8, 1.25), per_axis=False),
+    dict(type='RandomShift', shift=0.1),
+    dict(type='Pack', category=True),
+]
+test_pipeline = [
+    dict(type='Normalize'),
+    dict(type='KeepAll'),
+    dict(type='Resample', num_points=1024, method='random'),
+    dict(type='Pack', category=True),
+]
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=0,
+    drop_last=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(type='SyntheticShapes', split='train', num_samples=4000, num_points=1024, pipeline=train_pipeline))
+val_dataloader = dict(
+    batch_size=32,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
+    dataset=dict(type='SyntheticShapes', split='val', num_samples=130, num_points=2048, pipeline=test_pipeline))
+test_dataloader = dict(
+    batch_size=32,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
+    dataset=dict(type='SyntheticShapes', split='test', num_samples=520, num_points=2048, pipeline=test_pipeline))
+val_evaluator = test_evaluator = dict(type='PartIoU')

@@ -1,0 +1,8 @@
+# The CPU-sized Point-MAE part segmentation on the cattle scans; the best epoch on the validation split is reported.
+_base_ = [
+    '../_base_/runtime.py', '../_base_/models/point-mae_xs_partseg.py', '../_base_/datasets/cattle.py',
+    '../_base_/schedules/adamw_cosine_xs.py'
+]
+model = dict(neck=dict(num_categories=0))
+default_hooks = dict(checkpoint=dict(save_best='instance_mIoU', interval=20))
+train_cfg = dict(max_epochs=200, val_interval=10)
