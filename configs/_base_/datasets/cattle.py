@@ -1,4 +1,4 @@
-# 94 scans of cattle with four parts (65 / 9 / 20), 2,059 to 12,451 points each; one category, so models are not told it.
+# 94 scans of cattle with four parts (65 / 9 / 20), of 2,059 to 12,451 points; one category, so models are not told it.
 # The validation split chooses the epoch.
 train_pipeline = [
     dict(type='Normalize'),

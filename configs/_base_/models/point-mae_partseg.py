@@ -1,4 +1,4 @@
-# Point-MAE's part segmentation at its official size: features of blocks 3, 7 and 11 side by side, carried to all points.
+# Point-MAE's part segmentation at its official size: features of blocks 3, 7 and 11, side by side, carried to points.
 model = dict(
     type='TaskModel',
     data_preprocessor=dict(type='Preprocessor'),
