@@ -10,6 +10,7 @@ import torch
 
 from ewa3d.bench import SUITES, Case, Settings, harness, main, measure, report
 from ewa3d.bench.ops import chamfer_cdist, fps_mask_assign, knn_cdist, knn_centred_product
+from ewa3d.bench.parts import interpolate_gather
 from ewa3d.bench.pretrain import QUICK, NaivePointMAE, autoencoder
 from ewa3d.models.weights import rename
 
@@ -139,6 +140,23 @@ def test_portable_forms_compute_the_real_thing():
     torch.testing.assert_close(distance.square(), squared)
     torch.testing.assert_close(product, squared)
     torch.testing.assert_close(chamfer_cdist(query, points), ops.chamfer_distance(query, points))
+    features = torch.randn(3, 50, 4, dtype=torch.float64)
+    torch.testing.assert_close(interpolate_gather(query, points, features), ops.interpolate(query, points, features))
+
+
+def test_peak_memory_is_what_a_call_holds_at_a_time():
+    def work():
+        for _ in range(3):
+            x = torch.ones(1 << 20)  # 4 MiB, gone before the next one
+            x = x + 1
+            del x
+
+    assert 8 << 20 <= harness.peak_memory(work, torch.device('cpu')) < 9 << 20
+    rows = measure(Case('case', {'a': lambda: work}, memory=True), Settings(repeat=1))
+    assert rows[0].summary()['peak_bytes'] == rows[0].peak
+    rows += measure(Case('case', {'b': lambda: work}), Settings(repeat=1))
+    first, second = harness.table(rows).splitlines()[2:]
+    assert first.endswith('| 8 |') and second.endswith(' |') and first.count('|') == second.count('|')
 
 
 @pytest.mark.parametrize('training', [True, False])

@@ -4,6 +4,7 @@ A shared machine drifts: what is timed one minute after the other differs by mor
 So the variants of a :class:`Case` take turns, each round in another order, and a ratio is the median over the rounds
 of (variant / baseline) within one round. Numbers are reported, never judged.
 """
+import itertools
 import random
 import statistics
 import time
@@ -39,10 +40,12 @@ class Settings:
 class Case:
     """Variants of one piece of work, the first being the baseline: name → a function that builds the timed function.
 
-    Building is not timed. The order of ``variants`` is the order of the table's rows.
+    Building is not timed. The order of ``variants`` is the order of the table's rows. ``memory`` asks for the peak of
+    what one call allocates, too.
     """
     name: str
     variants: dict[str, Callable[[], Callable[[], object]]]
+    memory: bool = False
 
     def __post_init__(self):
         if not self.variants:
@@ -51,19 +54,20 @@ class Case:
 
 @dataclass
 class Row:
-    """One variant's timings, in seconds; ``ratios`` are to the baseline, round by round."""
+    """One variant's timings, in seconds; ``ratios`` are to the baseline, round by round. ``peak`` is in bytes."""
     suite: str
     case: str
     variant: str
     seconds: list[float]
     ratios: list[float] = field(default_factory=list)
+    peak: int | None = None
 
     def summary(self) -> dict:
         """Flat numbers of this row: what the JSON file holds next to the raw timings."""
         return dict(suite=self.suite, case=self.case, variant=self.variant,
                     median_s=statistics.median(self.seconds), min_s=min(self.seconds), max_s=max(self.seconds),
                     ratio=statistics.median(self.ratios), ratio_min=min(self.ratios), ratio_max=max(self.ratios),
-                    seconds=self.seconds)
+                    **{} if self.peak is None else dict(peak_bytes=self.peak), seconds=self.seconds)
 
 
 def measure(case: Case, settings: Settings, suite: str = '') -> list[Row]:
@@ -86,19 +90,37 @@ def measure(case: Case, settings: Settings, suite: str = '') -> list[Row]:
         for name in order:
             rows[name].seconds.append(_seconds(work[name], loops, settings.device))
     baseline = rows[next(iter(work))].seconds
-    for row in rows.values():
+    for name, row in rows.items():
         row.ratios = [mine / base for mine, base in zip(row.seconds, baseline)]
+        row.peak = peak_memory(work[name], settings.device) if case.memory else None
     return list(rows.values())
 
 
+def peak_memory(function: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that one call holds at a time, beside those that were there before."""
+    if device.type == 'cuda':
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
 def table(rows: Iterable[Row]) -> str:
-    """A table in Markdown, one row a variant, times in milliseconds."""
-    lines = ['| suite | case | variant | median ms | min | max | ratio | ratio min–max |',
-             '|---|---|---|--:|--:|--:|--:|--:|']
-    for row in (row.summary() for row in rows):
+    """A table in Markdown, one row a variant, times in milliseconds; with peaks of memory where there are some."""
+    rows = [row.summary() for row in rows]
+    memory = any('peak_bytes' in row for row in rows)
+    lines = ['| suite | case | variant | median ms | min | max | ratio | ratio min–max |' + ' peak MiB |' * memory,
+             '|---|---|---|--:|--:|--:|--:|--:|' + '--:|' * memory]
+    for row in rows:
         times = ' | '.join(_ms(row[key]) for key in ('median_s', 'min_s', 'max_s'))
+        peak = f' {row["peak_bytes"] / 2**20:.0f} |' if 'peak_bytes' in row else ' |' * memory
         lines.append(f'| {row["suite"]} | {row["case"]} | {row["variant"]} | {times} | {row["ratio"]:.3f} '
-                     f'| {row["ratio_min"]:.3f}–{row["ratio_max"]:.3f} |')
+                     f'| {row["ratio_min"]:.3f}–{row["ratio_max"]:.3f} |{peak}')
     return '\n'.join(lines)
 
 

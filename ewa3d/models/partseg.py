@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
-from ewa3d.layers.block import Pointwise
+from ewa3d.layers.block import Pointwise, pointwise
 from ewa3d.models.propagation import PointFeatures
 from ewa3d.registry import MODELS
 from ewa3d.structures import Sample
@@ -71,13 +71,12 @@ class PartSegHead(nn.Module):
         if width != self.in_channels:
             raise ValueError(f'PartSegHead: features of {self.in_channels} channels expected, got {width}')
         first, *rest = self.layers
-        x = F.linear(x, first.weight[:, :C], first.bias if shared is None else None)
-        if shared is not None:
-            x = x + F.linear(shared, first.weight[:, C:], first.bias).unsqueeze(1)
-        x = x.flatten(0, 1)  # (B N, hidden)
-        for layer in rest:
-            x = layer(x)
-        x = x.view(B, N, -1)
+        if shared is None:
+            x = first(x)
+        else:
+            x = pointwise(x, first.weight[:, :C]) + F.linear(shared, first.weight[:, C:], first.bias).unsqueeze(1)
+        for layer in rest:  # linear layers have a quick kernel for (B, N, C), norms take rows
+            x = layer(x.view(B, N, -1) if isinstance(layer, Pointwise) else x.flatten(0, -2))
         return x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1)
 
     def loss(self, feats: PointFeatures, samples: Sequence[Sample]) -> dict[str, Tensor]:

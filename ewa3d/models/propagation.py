@@ -65,10 +65,11 @@ class FeaturePropagation(nn.Module):
         if self.columns[0]:
             carried = carried + F.embedding(category, of_category.t()).unsqueeze(1)
         x = interpolate(query, points, carried).flatten(0, 1)  # (B N, widths[0])
-        x = torch.addmm(x, own.flatten(0, 1), of_own.t())
+        x = x.addmm_(own.flatten(0, 1).to(x.dtype), of_own.t().to(x.dtype))  # in place: a copy costs as much
         x = F.relu(self.mlp_bns[0](x), inplace=True)
         for layer, norm in zip(self.mlp_convs[1:], self.mlp_bns[1:]):
-            x = F.relu(norm(layer(x)), inplace=True)
+            x = layer(x.view(*own.shape[:2], -1))  # (B, N, width): the shape that has a quick kernel
+            x = F.relu(norm(x.flatten(0, 1)), inplace=True)
         return x.view(*own.shape[:2], -1)
 
 
