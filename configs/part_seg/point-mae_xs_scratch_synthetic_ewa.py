@@ -1,4 +1,3 @@
 _base_ = ['point-mae_xs_scratch_synthetic.py', '../_base_/reparam/ewa.py']
 model = dict(expand=_base_.ewa)
 default_hooks = dict(ewa=_base_.ewa_hook)
-optim_wrapper = dict(paramwise_cfg=dict(expert_lr_mult=2.0))
