@@ -81,6 +81,9 @@ class DiscreteVAE(ExpandableModel):
         temperature: of the Gumbel softmax, until somebody sets the attribute.
         kl_weight: likewise.
         skip_origin: sample centres by the rule of the published kernel (see :func:`ewa3d.ops.fps`).
+        score_scale: how far the scores spread at the start. The norm in front of them makes that 1 in the published
+            network, less than the Gumbel noise, and choices mean little until its weights have grown: fine in 200,000
+            steps, too slow for a run of thousands.
         expand, pretrained, data_preprocessor: see :class:`~ewa3d.models.base.ExpandableModel`.
 
     Shape:
@@ -101,8 +104,8 @@ class DiscreteVAE(ExpandableModel):
                  token_dim: int = 256, decoder_dim: int = 256, encoder_widths: Sequence[int] = (128, 256, 512),
                  graph_widths: Sequence[int] = (128, 256, 512, 512, 1024), decoder_widths: Sequence[int] = (1024, 512),
                  num_neighbors: int = 4, temperature: float = 1., kl_weight: float = 0., skip_origin: bool = False,
-                 expand: Sequence[dict] | None = None, pretrained: str | dict | None = None,
-                 data_preprocessor: dict | nn.Module | None = None):
+                 score_scale: float = 1., expand: Sequence[dict] | None = None,
+                 pretrained: str | dict | None = None, data_preprocessor: dict | nn.Module | None = None):
         super().__init__(data_preprocessor)
         for name, value in (('num_groups', num_groups), ('group_size', group_size), ('encoder_dim', encoder_dim),
                             ('num_tokens', num_tokens), ('token_dim', token_dim), ('decoder_dim', decoder_dim),
@@ -117,6 +120,7 @@ class DiscreteVAE(ExpandableModel):
         self.kl_weight = check_number('DiscreteVAE: kl_weight', kl_weight, '[0, inf)')
         self.encoder = PatchEncoder(3, encoder_dim, encoder_widths)
         self.dgcnn_1 = DGCNN(encoder_dim, num_tokens, graph_widths)
+        nn.init.constant_(self.dgcnn_1.layer5[1].weight, check_number('DiscreteVAE: score_scale', score_scale, '(0, inf)'))
         self.codebook = nn.Parameter(torch.randn(num_tokens, token_dim))
         self.dgcnn_2 = DGCNN(token_dim, decoder_dim, graph_widths)
         self.decoder = FoldingDecoder(decoder_dim, group_size, decoder_widths)
