@@ -120,7 +120,8 @@ class DiscreteVAE(ExpandableModel):
         self.kl_weight = check_number('DiscreteVAE: kl_weight', kl_weight, '[0, inf)')
         self.encoder = PatchEncoder(3, encoder_dim, encoder_widths)
         self.dgcnn_1 = DGCNN(encoder_dim, num_tokens, graph_widths)
-        nn.init.constant_(self.dgcnn_1.layer5[1].weight, check_number('DiscreteVAE: score_scale', score_scale, '(0, inf)'))
+        score_norm = self.dgcnn_1.layer5[1]
+        nn.init.constant_(score_norm.weight, check_number('DiscreteVAE: score_scale', score_scale, '(0, inf)'))
         self.codebook = nn.Parameter(torch.randn(num_tokens, token_dim))
         self.dgcnn_2 = DGCNN(token_dim, decoder_dim, graph_widths)
         self.decoder = FoldingDecoder(decoder_dim, group_size, decoder_widths)
