@@ -290,6 +290,7 @@ def test(args) -> int:
     from ewa3d.engine.validate import check_config
     from ewa3d.evaluation import is_of_one_class
     from ewa3d.files import atomic_write
+    from ewa3d.models.build import without_pretrained
     check_config(cfg, training=False)  # all that it has, before the parts for training are left out
     checkpoint = read_checkpoint(args.checkpoint)
     weights, kind = select_weights(checkpoint, args.weights)
@@ -303,6 +304,7 @@ def test(args) -> int:
                 'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
         cfg[key] = None
     cfg.resume = False
+    cfg.model = without_pretrained(cfg.model)  # the checkpoint has it all, and the file may be elsewhere by now
     cfg.default_hooks, cfg.custom_hooks = keep, None
     try:
         runner = Runner.from_cfg(cfg)

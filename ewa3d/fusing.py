@@ -16,7 +16,7 @@ from ewa3d.engine.checkpoint import (
     write_checkpoint,
 )
 from ewa3d.engine.plain import to_plain
-from ewa3d.models.build import fill_from_checkpoint
+from ewa3d.models.build import fill_from_checkpoint, without_pretrained
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Report, fuse
 
@@ -123,7 +123,7 @@ def _config_of(content: Mapping, config: Mapping | None, checkpoint: Path) -> di
         if not isinstance(cfg.get('model'), dict):
             raise ValueError(f'the config for {checkpoint} has no model')
         fill_from_checkpoint(cfg['model'], content)
-        cfg['model'] = {k: v for k, v in cfg['model'].items() if k != 'pretrained'}
+        cfg['model'] = without_pretrained(cfg['model'])
         return cfg
     if not isinstance(stored, Mapping) or not isinstance(stored.get('model'), Mapping):
         what = 'its config is text, which would have to be executed' if isinstance(stored, str) else 'it has no config'
@@ -161,10 +161,9 @@ def trusted_part(cfg, name: str = 'checkpoint'):
 def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:
     """``cfg`` without what training added: ``model.expand`` (but for modules that stay) and, then, the EWA hook."""
     cfg = copy.deepcopy(dict(cfg))
-    model = cfg['model'] = dict(cfg['model'])
+    model = cfg['model'] = without_pretrained(cfg['model'])
     rules = model.pop('expand', None) or []
     rules = [rule for rule in ([rules] if isinstance(rules, Mapping) else rules) if rule.get('type') in kept]
-    model.pop('pretrained', None)
     if rules:
         model['expand'] = rules
         return cfg

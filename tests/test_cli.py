@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -347,3 +348,21 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(['train'])
     assert stop.value.code == 2
+
+
+def test_weights_that_a_run_started_from_may_be_gone(trained, tmp_path):
+    """Testing, resuming and fusing read the checkpoint alone."""
+    start = tmp_path / 'start.pth'
+    shutil.copy(trained / 'run' / 'epoch_1.pth', start)
+    cfg = toy_config('x', ewa=True, epochs=1)
+    del cfg['work_dir']
+    cfg['model']['pretrained'] = str(start)
+    config = str(write_config(tmp_path / 'ft.py', cfg))
+    assert cli.main(['train', config, '--work-dir', str(tmp_path / 'ft')]) == 0
+    start.unlink()
+    checkpoint = str(tmp_path / 'ft' / 'epoch_1.pth')
+    assert cli.main(['test', config, checkpoint, '--work-dir', str(tmp_path / 'test')]) == 0
+    assert cli.main(['fuse', checkpoint, str(tmp_path / 'plain.pth'), '--config', config]) == 0
+    assert cli.main(['train', config, '--work-dir', str(tmp_path / 'ft'), '--resume', '--cfg-options',
+                     'train_cfg.max_epochs=2']) == 0
+    assert cli.main(['train', config, '--work-dir', str(tmp_path / 'new')]) == 2

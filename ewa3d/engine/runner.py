@@ -31,6 +31,7 @@ from ewa3d.engine.plain import to_plain
 from ewa3d.engine.reporting import log_result, log_start
 from ewa3d.engine.validate import check_config
 from ewa3d.files import atomic_write
+from ewa3d.models.build import without_pretrained
 from ewa3d.registry import PARAM_SCHEDULERS, RUNNERS
 
 __all__ = ['Runner']
@@ -139,6 +140,11 @@ class Runner(_Runner):
         hooks = {**defaults, **(hooks or {})}
         own = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
         super().register_default_hooks({k: v for k, v in hooks.items() if v is not None or k in own})
+
+    def build_model(self, model) -> nn.Module:
+        """A run that goes on needs no weights to start from: its checkpoint has them all."""
+        resumed = self._resume and (self._resume is not True or find_last_checkpoint(self._work_dir))
+        return super().build_model(without_pretrained(model) if resumed and isinstance(model, Mapping) else model)
 
     def wrap_model(self, model_wrapper_cfg, model: nn.Module) -> nn.Module:
         if self.distributed and not torch.cuda.is_available():

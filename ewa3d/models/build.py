@@ -10,7 +10,7 @@ from ewa3d.models.task import TaskModel
 from ewa3d.models.weights import num_outputs
 from ewa3d.registry import MODELS
 
-__all__ = ['build', 'fill_from_checkpoint', 'fill_model', 'wanted_from_data']
+__all__ = ['build', 'fill_from_checkpoint', 'fill_model', 'wanted_from_data', 'without_pretrained']
 
 
 def build(config: str | Path | Config | dict, checkpoint: str | Path | None = None,
@@ -44,7 +44,7 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
         cfg['head'].update(num_classes=num_classes)
     fill_from_checkpoint(cfg, weights)
     if weights:
-        cfg = _without_pretrained(cfg)  # the checkpoint has it all
+        cfg = without_pretrained(cfg)  # the checkpoint has it all
     model = MODELS.build(cfg)
     if weights:
         load_any(model, weights, select_weights(weights)[0], str(checkpoint))
@@ -52,11 +52,11 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
     return model
 
 
-def _without_pretrained(cfg):
+def without_pretrained(cfg):
     """``cfg`` without the weights that its parts would start from."""
     if isinstance(cfg, Mapping):
-        return {key: _without_pretrained(value) for key, value in cfg.items() if key != 'pretrained'}
-    return [_without_pretrained(value) for value in cfg] if isinstance(cfg, (list, tuple)) else cfg
+        return {key: without_pretrained(value) for key, value in cfg.items() if key != 'pretrained'}
+    return [without_pretrained(value) for value in cfg] if isinstance(cfg, (list, tuple)) else cfg
 
 
 def fill_model(cfg: MutableMapping, metainfo: Mapping, which: str) -> None:
