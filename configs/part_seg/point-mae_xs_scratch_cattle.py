@@ -5,4 +5,4 @@ _base_ = [
 ]
 model = dict(neck=dict(num_categories=0))
 default_hooks = dict(checkpoint=dict(save_best='instance_mIoU', interval=20))
-train_cfg = dict(max_epochs=200, val_interval=10)
+train_cfg = dict(max_epochs=400, val_interval=20)

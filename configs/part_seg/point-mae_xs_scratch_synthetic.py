@@ -1,6 +1,6 @@
-# The CPU-sized Point-MAE part segmentation on the embedded shapes.
+# The CPU-sized Point-MAE part segmentation on the embedded shapes: at most three minutes on two cores.
 _base_ = [
     '../_base_/runtime.py', '../_base_/models/point-mae_xs_partseg.py', '../_base_/datasets/synthetic_parts.py',
     '../_base_/schedules/adamw_cosine_xs.py'
 ]
-train_cfg = dict(max_epochs=6, val_interval=2)
+train_cfg = dict(max_epochs=5, val_interval=5)

@@ -178,12 +178,16 @@ MAKERS = {f.__name__: f for f in (airplane, bottle, bucket, cabinet, car, chair,
                                   umbrella, windmill)}
 
 # Options of make_shape and what they may be.
-LIMITS = dict(noise=(0, 10), outliers=(0, 1), hidden=(0, 0.95), unevenness=(0, 10), tilt=(0, 180))
+LIMITS = dict(noise=(0, 10), outliers=(0, 1), hidden=(0, 0.95), unevenness=(0, 10), tilt=(0, 180), least_tilt=(0, 180),
+              stretch=(0.01, 1))
 
 
 def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: float = 0.012,
-               outliers: float = 0.02, hidden: float = 0.2, unevenness: float = 1.3, tilt: float = 35.0):
+               outliers: float = 0.02, hidden: float = 0.2, unevenness: float = 1.3, tilt: float = 35.0,
+               least_tilt: float = 0.0, stretch: float = 0.5):
     """One shape: built, stretched to a random box, turned, partly hidden, noisy, centred and scaled to radius 1.
+
+    It leans by ``least_tilt`` to ``tilt`` degrees; the sides of its box are ``stretch`` to 1.
 
     Returns:
         points ``(num_points, 3)`` float32 in random order and the part of each, ``(num_points,)`` uint8, counted from
@@ -198,12 +202,12 @@ def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: flo
     points, parts = solid.sample(sampled, rng, unevenness)
     low, high = points.min(0), points.max(0)
     # a class tells nothing by its box
-    points = (points - (low + high) / 2) / np.maximum(high - low, 1e-9) * rng.uniform(0.5, 1, 3)
+    points = (points - (low + high) / 2) / np.maximum(high - low, 1e-9) * rng.uniform(stretch, 1, 3)
     if sampled > num_points:  # what lies furthest along some direction is not seen
         direction = rng.standard_normal(3)
         seen = np.argpartition(points @ direction, num_points - 1)[:num_points]
         points, parts = points[seen], parts[seen]
-    points = points @ random_pose(rng, tilt).T
+    points = points @ random_pose(rng, tilt, least_tilt).T
     points -= points.mean(0)
     points /= np.sqrt(np.einsum('ij,ij->i', points, points).max())
     points += noise * rng.standard_normal(points.shape)
@@ -214,9 +218,10 @@ def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: flo
     return points[order].astype(np.float32), parts[order].astype(np.uint8)
 
 
-def random_pose(rng: np.random.Generator, tilt: float) -> np.ndarray:
-    """Any turn about the up axis, a lean of up to ``tilt`` degrees, and another turn."""
-    first, lean, last = 2 * np.pi * rng.random(), np.deg2rad(tilt) * rng.uniform(-1, 1), 2 * np.pi * rng.random()
+def random_pose(rng: np.random.Generator, tilt: float, least: float = 0.0) -> np.ndarray:
+    """Any turn about the up axis, a lean of ``least`` to ``tilt`` degrees, and another turn."""
+    first, lean, last = 2 * np.pi * rng.random(), rng.uniform(-1, 1), 2 * np.pi * rng.random()
+    lean = np.deg2rad(tilt - least) * lean + np.copysign(np.deg2rad(least), lean)
     return rotation(2, last) @ rotation(0, lean) @ rotation(2, first)
 
 
@@ -247,7 +252,8 @@ class SyntheticShapes(PointDataset):
         data_seed: of the shapes; ``seed`` is the augmentation's.
         in_memory: make all shapes once, at the start (for 1024 points 0.7 ms and 13 kB each); otherwise each one
             whenever it is asked for.
-        shape_cfg: options of :func:`make_shape`: ``noise``, ``outliers``, ``hidden``, ``unevenness``, ``tilt``.
+        shape_cfg: options of :func:`make_shape`: ``noise``, ``outliers``, ``hidden``, ``unevenness``, ``tilt``,
+            ``least_tilt``, ``stretch``.
     """
 
     METAINFO: ClassVar[dict] = dict(classes=tuple(PARTS), up_axis='z', parts=PART_IDS, part_names=PART_NAMES)
