@@ -126,6 +126,8 @@ def test_stored_noise_is_replayed():
     for hard in (False, True):
         losses = model(points, mode='loss', noise=noise, hard=hard)
         torch.testing.assert_close(losses['loss_recon'], stages['hard/loss_recon' if hard else 'soft/loss_recon'])
+    again = model(points, noise=noise.double())  # numpy's default: the model keeps its own precision
+    assert torch.equal(again['fine'], stages['fine']) and again['fine'].dtype == torch.float32
     colder = model(points, mode='loss', noise=noise, temperature=0.1)
     assert not torch.equal(colder['loss_recon'], model(points, mode='loss', noise=noise)['loss_recon'])
     assert not torch.equal(model(points, mode='loss')['loss_recon'], model(points, mode='loss')['loss_recon'])
@@ -158,6 +160,8 @@ def test_both_graph_networks_share_one_graph(monkeypatch):
     (dict(num_groups=3), ValueError, 'num_neighbors=4 cannot be found among num_groups=3'),
     (dict(group_size=6), ValueError, 'multiple of 4'), (dict(num_tokens=10), ValueError, '10 channels'),
     (dict(num_tokens=12.), TypeError, 'num_tokens must be an integer'),
+    (dict(decoder_widths=(8,)), ValueError, r'widths must be two integers, got \(8,\)'),
+    (dict(decoder_widths=(8, 0)), ValueError, 'each of widths must be at least 1, got 0'),
     (dict(temperature=0), ValueError, 'temperature'), (dict(kl_weight=-1), ValueError, 'kl_weight'),
 ])
 def test_impossible_sizes(options, error, message):
@@ -173,6 +177,10 @@ def test_bad_inputs():
             model(points)
     with pytest.raises(ValueError, match=r'\(3, 6, 12\), got \(3, 6, 8\)'):
         model(clouds(), mode='loss', noise=torch.zeros(3, 6, 8))
+    with pytest.raises(ValueError, match=r'a tensor of the shape .* got ndarray'):
+        model(clouds(), noise=torch.zeros(3, 6, 12).numpy())
+    with pytest.raises(ValueError, match=r'temperature must lie in \(0, inf\), got 0.0'):
+        model(clouds(), temperature=0)
     with pytest.raises(ValueError, match="mode='lose'"):
         model(clouds(), mode='lose')
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from ewa3d.models.masking import MASKS, block_mask, mask_function, mask_parts, random_mask
+from ewa3d.models.masking import MASKS, block_mask, iid_mask, mask_function, mask_parts, random_mask
 
 MASK_FUNCTIONS = pytest.mark.parametrize('function', [random_mask, block_mask])
 
@@ -62,11 +62,17 @@ def test_random_masks_are_uniform_and_differ_between_clouds():
 
 
 def test_iid_masks_each_token_by_itself():
-    mask = random_mask(centres(500, 40), 0.3, iid=True)
+    mask = iid_mask(centres(500, 40), 0.3)
     assert len(mask.sum(1).unique()) > 5
     assert mask.float().mean().item() == pytest.approx(0.3, abs=0.02)
     ratio = torch.tensor([0., 1.])
-    assert random_mask(centres(2, 9), ratio, iid=True).tolist() == [[False] * 9, [True] * 9]
+    assert iid_mask(centres(2, 9), ratio).tolist() == [[False] * 9, [True] * 9]
+
+
+def test_iid_masks_take_ranges_and_a_generator():
+    masks = [iid_mask(centres(50, 400), (0.2, 0.6), torch.Generator().manual_seed(3)) for _ in range(2)]
+    shares = masks[0].float().mean(1)
+    assert torch.equal(*masks) and 0.1 < shares.min() < 0.3 < 0.5 < shares.max() < 0.7
 
 
 def test_a_block_is_a_token_and_those_nearest_to_it():
@@ -127,3 +133,5 @@ def test_names():
     assert mask_function('rand') is MASKS['rand'] is random_mask
     with pytest.raises(ValueError, match=r"mask_type='blok'; did you mean 'block'"):
         mask_function('blok')
+    with pytest.raises(ValueError, match="mask_type='iid'; valid names: block, rand"):
+        mask_function('iid', ('rand', 'block'))

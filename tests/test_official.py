@@ -227,6 +227,7 @@ def test_our_own_weights_are_recognised(official):
     ({'norm.bias': None}, r'not in the checkpoint: backbone\.norm\.bias'),
     ({'extra': torch.ones(1)}, 'not in the model: extra'),
     ({'norm.weight': torch.tensor(1.)}, r"'norm\.weight' has the shape \(\)"),
+    ({'norm.weight': torch.ones(0)}, r"'norm\.weight' has the shape \(0,\), which tells no size"),
     ({'pos_embed.2.weight': torch.ones(35, 128)}, r'other shapes.*pos_embed\.2\.weight'),
     ({'cls_head_finetune.8.weight': torch.ones(7, 255)}, r'head\.layers\.8\.weight is \(7, 255\)'),
     ({'blocks.blocks.5.norm1.weight': torch.ones(36)}, r"were expected at 'blocks\.blocks\.', found 0, 1, 5"),
@@ -256,6 +257,9 @@ def test_damaged_and_hostile_files(tmp_path, official):
         torch.save(content, path)
         with pytest.raises(ValueError, match=f'holds no tensors; found the keys {message}'):
             ewa3d.from_official('point-mae', path)
+    torch.save(dict(base_model={**classifier(), 3: torch.ones(1)}), path)
+    with pytest.raises(ValueError, match=r'has the key 3 among its weights; names \(strings\) were expected'):
+        ewa3d.from_official('point-mae', path)
     with pytest.raises(FileNotFoundError, match='nowhere'):
         ewa3d.from_official('point-mae', tmp_path / 'nowhere.pth')
 

@@ -147,6 +147,32 @@ def test_drawn_masks_follow_the_ratio():
             torch.testing.assert_close(value, drawn[name])  # of all tokens, or of as many as can be masked
 
 
+def test_independent_masks_of_any_number():
+    model, points = build(mask_type='iid', mask_ratio=0.5).eval(), clouds()
+    assert len(model.draw(torch.rand(200, 8, 3), {}).mask.sum(1).unique()) > 4
+    given = {name: value for name, value in draws().items() if name != 'mask'}
+    with torch.no_grad():
+        torch.manual_seed(0)
+        drawn = model(points, mode='loss', **given)
+        torch.manual_seed(0)
+        mask = model.draw(model.backbone.tokenizer.group(points)[0], given).mask
+        stages = model(points, mask=mask, **given)
+        assert mask.sum(1).max() > 4  # more than the ratio's share, and none is left out
+        torch.testing.assert_close(drawn['loss_mpm_real'], stages['loss_mpm_real'])
+        model.make_mask = lambda coord, ratio: torch.zeros(coord.shape[:2], dtype=torch.bool)
+        empty = model(points, mode='loss')
+    assert empty['loss_mpm_real'] == empty['loss_mpm_mixed'] == empty['acc_masked'] == 0  # and not NaN
+
+
+def test_numbers_of_another_precision_change_nothing():
+    model, points, given = build().eval(), clouds(), draws()
+    double = {name: value.double() if name.startswith('mixup') else value for name, value in given.items()}
+    with torch.no_grad():
+        for name, value in model(points, mode='loss', **double).items():
+            wanted = model(points, mode='loss', **given)[name]
+            assert torch.equal(value, wanted) and value.dtype == wanted.dtype, name
+
+
 def test_key_network_and_queue_move_in_training_only():
     model, points = build().eval(), clouds()
     before = copy.deepcopy(model.state_dict())
@@ -155,7 +181,7 @@ def test_key_network_and_queue_move_in_training_only():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.train()
     scramble(model.backbone)
-    query = {name: value.clone() for name, value in model.query_parameters().items()}
+    query = {name: value.clone() for name, value in model.momentum.followed(model).items()}
     keys = {name: value.clone() for name, value in model.momentum.named_parameters()}
     step(model, points)
     for name, value in model.momentum.named_parameters():
@@ -352,7 +378,7 @@ def test_pretraining_goes_on_from_a_checkpoint(checkpoints, tmp_path):
     backbone = {key: value for key, value in model.state_dict().items() if key.startswith('backbone.')}
     path = write_checkpoint(tmp_path / 'backbone.pth', backbone, {})
     other = build(pretrained=str(path), expand=EWA)  # without a key network: it starts from what was loaded
-    query, state = other.query_parameters(), other.state_dict()
+    query, state = other.momentum.followed(other), other.state_dict()
     for key, value in other.momentum.state_dict().items():
         assert torch.equal(value, query[key] if key in query else state[key]), key
 
@@ -427,6 +453,7 @@ def without(key: str, **changes) -> dict:
     (dict(backbone=dict(BACKBONE, cls_token=False)), ValueError, 'needs a class token'),
     (dict(backbone=without('tokenizer', tokenizer=torch.nn.Identity())), ValueError, 'got Identity, which gives no'),
     (dict(dvae=dict(DVAE, group_size=8)), ValueError, 'group_size=8, the backbone has patches of group_size=4'),
+    (dict(dvae=torch.nn.Linear(2, 2)), TypeError, 'dvae must be a DiscreteVAE or its config, got Linear'),
     (dict(mask_ratio=0.1), ValueError, 'at least one of num_groups=8 patches, got 0.1'),
     (dict(mask_ratio=(0.5, 0.3)), ValueError, r'got \(0.5, 0.3\)'), (dict(mask_ratio=1.2), ValueError, 'mask_ratio'),
     (dict(mask_ratio='many'), TypeError, 'mask_ratio must be a number'),
@@ -445,6 +472,7 @@ def test_bad_settings(options, error, message):
     (dict(mixup_ratio=torch.ones(4, 8)), ValueError, r'mixup_ratio must be a tensor of numbers of the shape \(4,\)'),
     (dict(mixup_uniform=[0.5] * 8), ValueError, r'of the shape \(4, 8\), got list'),
     (dict(noise=dict(mask_q=torch.ones(4, 8))), TypeError, "draws no 'mask_q'"),
+    (dict(noise=torch.ones(4, 8)), TypeError, 'noise must be a dict with some of mask, mask_mixed, .* got Tensor'),
     (dict(mode='losses'), ValueError, "mode='losses'"),
 ])
 def test_bad_draws(given, error, message):

@@ -1,12 +1,82 @@
 """Momentum contrast: a key network that follows another one slowly, a queue of its outputs, and the losses on them."""
+import copy
+
 import torch
 import torch.nn.functional as F
 from mmengine.dist import all_gather, is_distributed
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ewa3d.reparam import Reparam
 
-__all__ = ['enqueue', 'gather_keys', 'mixed_contrast', 'moco_contrast', 'plain_parameters']
+__all__ = ['KeyNetwork', 'enqueue', 'gather_keys', 'mask_tokens', 'mixed_contrast', 'moco_contrast',
+           'plain_parameters']
+
+
+class KeyNetwork(nn.Module):
+    """A plain copy of a masked token model's network, without gradients, that follows it by momentum.
+
+    Its batch norms go by their own statistics. (The scores of codes are not needed for keys; their layer follows too,
+    because published checkpoints hold it.)
+
+    Args:
+        query: a module with ``backbone``, ``mask_token``, ``lm_head`` and ``cls_head``.
+
+    Shape:
+        - center ``(B, G, 3)``, patches ``(B, G, K, 3 + F)``, mask ``(B, G)``; returns ``(B, cls_dim)``.
+    """
+
+    def __init__(self, query: nn.Module):
+        super().__init__()
+        self.backbone = copy.deepcopy(query.backbone)
+        self.mask_token = nn.Parameter(query.mask_token.detach().clone())
+        self.lm_head = copy.deepcopy(query.lm_head)
+        self.cls_head = copy.deepcopy(query.cls_head)
+        self.requires_grad_(False)
+
+    def forward(self, center: Tensor, patches: Tensor, mask: Tensor) -> Tensor:
+        tokens = self.backbone.tokenizer.embed(center, patches)
+        x = self.backbone.encode(mask_tokens(tokens.x, mask, self.mask_token), tokens.pos)
+        return self.cls_head(x[:, 0])
+
+    def followed(self, query: nn.Module) -> dict[str, Tensor]:
+        """The parameters of ``query`` by the names that they have here, experts as their mean.
+
+        Raises:
+            ValueError: what ``query`` was expanded to has no plain form with these names.
+        """
+        found = plain_parameters(nn.ModuleDict({name: getattr(query, name) for name, _ in self.named_children()}))
+        found['mask_token'] = query.mask_token
+        theirs, ours = ({name: tuple(value.shape) for name, value in parameters.items()}
+                        for parameters in (found, dict(self.named_parameters())))
+        for name in sorted({*theirs, *ours}):
+            if theirs.get(name) != ours.get(name):
+                raise ValueError(f'the momentum network cannot follow the expanded model: momentum.{name} has the '
+                                 f'shape {ours.get(name, "no such parameter")}, and the model, fused, '
+                                 f'{theirs.get(name, "no such parameter")}; the momentum network stays plain, and '
+                                 'rules must fuse to the plain module')
+        return found
+
+    @torch.no_grad()
+    def keys(self, query: nn.Module, momentum: float, *inputs: Tensor, move: bool) -> Tensor:
+        """What :meth:`forward` gives one step nearer to ``query``, where a share ``momentum`` of this network is kept;
+        with ``move`` it stays there."""
+        followed = {name: value.to(self.mask_token.dtype) for name, value in self.followed(query).items()}
+        if move:
+            for name, own in self.named_parameters():
+                own.lerp_(followed[name], 1 - momentum)
+            return self(*inputs)
+        moved = {name: own.lerp(followed[name], 1 - momentum) for name, own in self.named_parameters()}
+        return functional_call(self, moved, inputs)
+
+
+def mask_tokens(x: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
+    """``x`` with ``mask_token`` where ``mask`` is True.
+
+    Shape:
+        - x ``(B, L, C)``, kept; mask ``(B, L)`` bool; mask_token ``(1, 1, C)``.
+    """
+    return torch.where(mask.unsqueeze(-1), mask_token.to(x.dtype), x)
 
 
 @torch.no_grad()
@@ -76,4 +146,4 @@ def mixed_contrast(query: Tensor, keys: Tensor, queue: Tensor, ratio: Tensor, te
     scores = torch.cat([query @ keys.t(), query @ queue], 1) / temperature
     own = torch.arange(len(query), device=query.device)
     losses = [F.cross_entropy(scores, target, reduction='none') for target in (own, own.flip(0))]
-    return (ratio * losses[0] + (1 - ratio) * losses[1]).mean()
+    return losses[1].lerp(losses[0], ratio.to(query.dtype)).mean()

@@ -34,13 +34,18 @@ class FoldingDecoder(nn.Module):
     Shape:
         - ``(B, G, in_channels)`` to coarse ``(B, G, group_size / 4, 3)`` and fine ``(B, G, group_size, 3)``, in local
           coordinates.
+
+    Raises:
+        TypeError, ValueError: a ``group_size`` that is no multiple of 4, widths that are not two positive integers.
     """
 
     def __init__(self, in_channels: int, group_size: int, widths: Sequence[int] = (1024, 512)):
         super().__init__()
         if group_size % FOLD:
             raise ValueError(f'FoldingDecoder: group_size must be a multiple of {FOLD}, got {group_size}')
-        inner, outer = widths
+        if not isinstance(widths, Sequence) or len(widths) != 2:
+            raise ValueError(f'FoldingDecoder: widths must be two integers, got {widths!r}')
+        inner, outer = (check_integer('FoldingDecoder: each of widths', width, 1) for width in widths)
         self.mlp = nn.Sequential(nn.Linear(in_channels, inner), nn.ReLU(inplace=True), nn.Linear(inner, inner),
                                  nn.ReLU(inplace=True), nn.Linear(inner, 3 * (group_size // FOLD)))
         self.final_conv = nn.Sequential(
@@ -175,8 +180,11 @@ class DiscreteVAE(ExpandableModel):
                 noise: Tensor | None = None, hard: bool = False, temperature: float | Tensor | None = None):
         check_mode(mode)
         center, patches = self.group(inputs)
-        temperature = torch.as_tensor(self.temperature if temperature is None else temperature, dtype=center.dtype,
-                                      device=center.device)
+        if temperature is None:
+            temperature = self.temperature
+        if not isinstance(temperature, Tensor):
+            check_number('DiscreteVAE: temperature', temperature, '(0, inf)')
+        temperature = torch.as_tensor(temperature, dtype=center.dtype, device=center.device)
         if noise is not None:
             noise = self._checked(noise, center)
         if mode == 'loss':
@@ -244,10 +252,11 @@ class DiscreteVAE(ExpandableModel):
 
     def _checked(self, noise: Tensor, center: Tensor) -> Tensor:
         expected = (*center.shape[:2], self.num_tokens)
-        if noise.shape != expected:
-            raise ValueError(f'DiscreteVAE: noise must have the shape (B, G, num_tokens) = {expected}, got '
-                             f'{tuple(noise.shape)}')
-        return noise.to(center.device)
+        if not isinstance(noise, Tensor) or noise.shape != expected:
+            found = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+            raise ValueError(f'DiscreteVAE: noise must be a tensor of the shape (B, G, num_tokens) = {expected}, got '
+                             f'{found}')
+        return noise.to(center)
 
 
 def at_least_single(x: Tensor) -> Tensor:

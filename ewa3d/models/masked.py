@@ -91,7 +91,7 @@ class MaskedAutoencoder(ExpandableModel):
             raise ValueError(f'MaskedAutoencoder: loss={loss!r}; {nearest(loss, LOSSES)}')
         self.chamfer_norm = LOSSES[loss]
         self.mask_ratio = check_number('MaskedAutoencoder: mask_ratio', mask_ratio, '(0, 1)')
-        self.draw_mask = mask_function(mask_type)
+        self.draw_mask = mask_function(mask_type, ('rand', 'block'))  # equally many of every cloud
         self.backbone = build_module(backbone, cls_token=False)
         self.num_prefix_tokens = getattr(self.backbone, 'num_prefix_tokens', 0)
         tokenizer = getattr(self.backbone, 'tokenizer', None)

@@ -1,5 +1,5 @@
 """Which tokens are masked: at random (Point-MAE) or a block (Point-BERT), for a whole batch on its device."""
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -7,19 +7,17 @@ from torch import Tensor
 from ewa3d.checks import check_number
 from ewa3d.registry import nearest
 
-__all__ = ['MASKS', 'block_mask', 'mask_parts', 'random_mask']
+__all__ = ['MASKS', 'block_mask', 'iid_mask', 'mask_function', 'mask_parts', 'random_mask']
 
 Ratio = float | Sequence[float] | Tensor
 
 
-def random_mask(coord: Tensor, ratio: Ratio, iid: bool = False,
-                generator: torch.Generator | None = None) -> Tensor:
+def random_mask(coord: Tensor, ratio: Ratio, generator: torch.Generator | None = None) -> Tensor:
     """Mask ``int(ratio * G)`` tokens of each cloud, all choices equally likely.
 
     Args:
         coord: where the tokens are; only shape and device matter.
         ratio: in [0, 1]: one number for all clouds, ``(B,)`` for each its own, or ``(low, high)`` to draw them from.
-        iid: mask each token by itself with the probability ``ratio`` instead, so that the numbers differ.
         generator: of the device; torch's own by default.
 
     Shape:
@@ -30,8 +28,15 @@ def random_mask(coord: Tensor, ratio: Ratio, iid: bool = False,
     """
     B, G = _shape(coord)
     ratio = _ratio(ratio, coord, generator)
-    noise = torch.rand(B, G, device=coord.device, generator=generator)
-    return noise < ratio if iid else _first(noise.argsort(1), ratio)
+    return _first(torch.rand(B, G, device=coord.device, generator=generator).argsort(1), ratio)
+
+
+def iid_mask(coord: Tensor, ratio: Ratio, generator: torch.Generator | None = None) -> Tensor:
+    """Mask each token by itself with the probability ``ratio``, so that clouds mask different numbers of them, perhaps
+    none (Point-BERT's ``mask_rand``). Arguments, shapes and errors are those of :func:`random_mask`."""
+    B, G = _shape(coord)
+    ratio = _ratio(ratio, coord, generator)
+    return torch.rand(B, G, device=coord.device, generator=generator) < ratio
 
 
 def block_mask(coord: Tensor, ratio: Ratio, generator: torch.Generator | None = None) -> Tensor:
@@ -56,7 +61,7 @@ def block_mask(coord: Tensor, ratio: Ratio, generator: torch.Generator | None = 
     return _first(distance.argsort(dim=1, stable=True), ratio)
 
 
-MASKS = {'rand': random_mask, 'block': block_mask}
+MASKS = {'rand': random_mask, 'block': block_mask, 'iid': iid_mask}
 
 
 def mask_parts(mask: Tensor, num_masked: int) -> tuple[Tensor, Tensor]:
@@ -104,12 +109,12 @@ def _ratio(ratio: Ratio, coord: Tensor, generator: torch.Generator | None) -> fl
     return ratio.to(coord.device).unsqueeze(1)
 
 
-def mask_function(name: str):
-    """The function of a ``mask_type``.
+def mask_function(name: str, valid: Collection[str] = tuple(MASKS)) -> Callable[..., Tensor]:
+    """The function of a ``mask_type``, one of the ``valid`` ones.
 
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in MASKS:
-        raise ValueError(f'mask_type={name!r}; {nearest(name, MASKS)}')
+    if name not in valid:
+        raise ValueError(f'mask_type={name!r}; {nearest(name, valid)}')
     return MASKS[name]

@@ -148,7 +148,7 @@ class _Reader:
         if key not in self.state:
             raise ValueError(f'{self.name} lacks {self.there(key)!r}, from which a size is read')
         shape = self.state[key].shape
-        if not -len(shape) <= dim < len(shape):
+        if not -len(shape) <= dim < len(shape) or not shape[dim]:
             raise ValueError(f'{self.name}: {self.there(key)!r} has the shape {tuple(shape)}, which tells no size')
         return shape[dim]
 

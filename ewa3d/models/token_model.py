@@ -1,5 +1,4 @@
 """Point-BERT's pretraining: codes of masked patches are predicted, mixtures of clouds are recognised."""
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,20 +7,19 @@ import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.block import init_vit
 from ewa3d.layers.tokenizers import points_of
 from ewa3d.models.base import ExpandableModel, build_module, check_mode
-from ewa3d.models.contrast import enqueue, gather_keys, mixed_contrast, moco_contrast, plain_parameters
-from ewa3d.models.dvae import at_least_single, code_usage, count_codes
+from ewa3d.models.contrast import KeyNetwork, enqueue, gather_keys, mask_tokens, mixed_contrast, moco_contrast
+from ewa3d.models.dvae import DiscreteVAE, at_least_single, code_usage, count_codes
 from ewa3d.models.masking import mask_function
 from ewa3d.ops import gather
 from ewa3d.registry import MODELS, nearest
 from ewa3d.structures import Sample
 
-__all__ = ['Draws', 'KeyNetwork', 'MaskedTokenModel']
+__all__ = ['Draws', 'MaskedTokenModel']
 
 
 class Draws(NamedTuple):
@@ -39,25 +37,15 @@ class Draws(NamedTuple):
     mixup_ratio: Tensor
     mixup_uniform: Tensor
 
+    @property
+    def masks(self) -> Tensor:
+        """Of the real clouds and, after them, of the mixed ones: ``(2 B, G)``."""
+        return torch.cat([self.mask, self.mask_mixed])
 
-class KeyNetwork(nn.Module):
-    """A plain copy of a masked token model's network, without gradients, that follows it by momentum.
-
-    Shape:
-        - center ``(B, G, 3)``, patches ``(B, G, K, 3 + F)``, mask ``(B, G)``; returns ``(B, cls_dim)``.
-    """
-
-    def __init__(self, query: nn.Module):
-        super().__init__()
-        self.backbone = copy.deepcopy(query.backbone)
-        self.mask_token = nn.Parameter(query.mask_token.detach().clone())
-        self.lm_head = copy.deepcopy(query.lm_head)
-        self.cls_head = copy.deepcopy(query.cls_head)
-        self.requires_grad_(False)
-
-    def forward(self, center: Tensor, patches: Tensor, mask: Tensor) -> Tensor:
-        tokens = self.backbone.tokenizer.embed(center, patches)
-        return self.cls_head(self.backbone.encode(_masked(tokens.x, mask, self.mask_token), tokens.pos)[:, 0])
+    def with_mixed(self, x: Tensor) -> Tensor:
+        """What belongs to the groups of the real clouds, and after it what belongs to those of the mixed ones:
+        ``(B, G, ...)`` to ``(2 B, G, ...)``."""
+        return torch.cat([x, mix(x, self.mixup_ratio, self.mixup_uniform)])
 
 
 @MODELS.register_module()
@@ -83,7 +71,8 @@ class MaskedTokenModel(ExpandableModel):
             it out. Its ``pretrained`` is loaded strictly.
         cls_dim: width of the contrasted features.
         mask_ratio: share of a cloud's patches, one number or the ``(low, high)`` of a uniform distribution.
-        mask_type: ``'block'``, the patches nearest to a random one, or ``'rand'``.
+        mask_type: ``'block'``, the patches nearest to a random one; ``'rand'``, as many at random; or ``'iid'``, each
+            by itself with the ratio as its probability (published as ``mask_rand``).
         contrast: with the mixed contrast.
         moco: with a contrast of the real clouds as well.
         temperature: of both contrasts.
@@ -111,7 +100,7 @@ class MaskedTokenModel(ExpandableModel):
                  init_encoder: bool = True, expand: Sequence[dict] | None = None, pretrained: str | dict | None = None,
                  data_preprocessor: dict | nn.Module | None = None):
         super().__init__(data_preprocessor)
-        self.make_mask = mask_function(mask_type)
+        self.make_mask, self.mask_type = mask_function(mask_type), mask_type
         self.contrast, self.moco = contrast, moco
         self.temperature = check_number('MaskedTokenModel: temperature', temperature, '(0, inf)')
         self.key_momentum = check_number('MaskedTokenModel: key_momentum', key_momentum)
@@ -130,9 +119,9 @@ class MaskedTokenModel(ExpandableModel):
         self.register_buffer('queue_ptr', torch.zeros(1, dtype=torch.int64))
         self.momentum = KeyNetwork(self)
         self.finish(pretrained, expand)
-        query = self.query_parameters()  # an expansion that the key network cannot follow is found now
+        followed = self.momentum.followed(self)  # an expansion that the key network cannot follow is found now
         if pretrained and not any(key.startswith('momentum.') for key in self.load_report.matched):
-            own = {**self.state_dict(), **query}
+            own = {**self.state_dict(), **followed}
             self.momentum.load_state_dict({name: own[name] for name in self.momentum.state_dict()})
 
     def train(self, mode: bool = True):
@@ -155,8 +144,8 @@ class MaskedTokenModel(ExpandableModel):
         """Features ``(2 B, 1 + G, C)`` of the masked real clouds and, after them, of the masked mixed ones; options are
         those of the backbone's ``encode``."""
         tokens = self.backbone.tokenizer.embed(center, patches)
-        x, pos = _with_mixed(tokens.x, drawn), _with_mixed(tokens.pos, drawn)
-        return self.backbone.encode(_masked(x, _masks(drawn), self.mask_token), pos, **options)
+        x, pos = drawn.with_mixed(tokens.x), drawn.with_mixed(tokens.pos)
+        return self.backbone.encode(mask_tokens(x, drawn.masks, self.mask_token), pos, **options)
 
     def scores(self, center: Tensor, patches: Tensor) -> Tensor:
         """The tokenizer's scores of all codes for each patch, ``(B, G, num_tokens)``, in single precision."""
@@ -176,7 +165,7 @@ class MaskedTokenModel(ExpandableModel):
         for name, shape in (('mixup_ratio', (B,)), ('mixup_uniform', (B, G))):
             if name not in found:
                 found[name] = torch.rand(shape, device=center.device)
-        mixed = _mix(center, found['mixup_ratio'], found['mixup_uniform'])
+        mixed = mix(center, found['mixup_ratio'], found['mixup_uniform'])
         low, high = self.mask_ratio
         for name, coord in (('mask', center), ('mask_mixed', mixed), ('mask_k', center)):
             if name not in found:
@@ -184,40 +173,18 @@ class MaskedTokenModel(ExpandableModel):
                 found[name] = self.make_mask(coord, ratio)
         return Draws(**found)
 
-    def query_parameters(self) -> dict[str, Tensor]:
-        """The parameters of this network by the key network's names, experts as their mean.
-
-        Raises:
-            ValueError: what the model was expanded to has no plain form with these names.
-        """
-        found = dict(mask_token=self.mask_token)
-        for part in ('backbone', 'lm_head', 'cls_head'):
-            found.update({f'{part}.{name}': value for name, value in plain_parameters(getattr(self, part)).items()})
-        shapes = {name: value.shape for name, value in found.items()}
-        keys = {name: value.shape for name, value in self.momentum.named_parameters()}
-        if shapes != keys:
-            name = sorted(name for name in {*shapes, *keys} if shapes.get(name) != keys.get(name))[0]
-            raise ValueError(f'the momentum network cannot follow the expanded model: momentum.{name} has the shape '
-                             f'{_shape(keys, name)}, and the model, fused, {_shape(shapes, name)}; the momentum '
-                             'network stays plain, and rules must fuse to the plain module')
-        return found
-
-    @torch.no_grad()
     def keys(self, center: Tensor, patches: Tensor, mask: Tensor, move: bool) -> Tensor:
         """The keys ``(B, cls_dim)``, not normalised, of the key network one momentum step further; ``move``: it stays
-        there. Its batch norms go by their own statistics."""
-        query, weight = self.query_parameters(), 1 - self.key_momentum
-        if move:
-            for name, key in self.momentum.named_parameters():
-                key.lerp_(query[name].to(key.dtype), weight)
-            return self.momentum(center, patches, mask)
-        moved = {name: key.lerp(query[name].to(key.dtype), weight) for name, key in self.momentum.named_parameters()}
-        return functional_call(self.momentum, moved, (center, patches, mask))
+        there."""
+        return self.momentum.keys(self, self.key_momentum, center, patches, mask, move=move)
 
     # ---- mmengine's calls --------------------------------------------------------------------------------------------
     def forward(self, inputs: dict | Tensor, data_samples: Sequence[Sample] | None = None, mode: str = 'tensor',
                 mask: Tensor | None = None, noise: Mapping[str, Tensor] | None = None, **draws: Tensor):
         check_mode(mode)
+        if not isinstance(noise, Mapping | None):
+            raise TypeError(f'MaskedTokenModel: noise must be a dict with some of {", ".join(Draws._fields)}, got '
+                            f'{type(noise).__name__}')
         given = {'mask': mask, **(noise or {}), **draws}
         for name in given:
             if name not in Draws._fields:
@@ -227,8 +194,8 @@ class MaskedTokenModel(ExpandableModel):
         if mode == 'predict':
             return self.predict(center, patches, drawn.mask, data_samples)
         if mode == 'loss':
-            masks_given = given['mask'] is not None or given.get('mask_mixed') is not None
-            most = None if masks_given else int(self.mask_ratio[1] * center.shape[1])
+            unbounded = self.mask_type == 'iid' or any(given.get(name) is not None for name in ('mask', 'mask_mixed'))
+            most = None if unbounded else int(self.mask_ratio[1] * center.shape[1])
             return self.loss(center, patches, drawn, most)
         return self.stages(points_of(inputs), center, patches, drawn)
 
@@ -244,7 +211,7 @@ class MaskedTokenModel(ExpandableModel):
             self._has_labels = True  # said once
         labels = self.scores(center, patches).argmax(-1)
         x = self.features(center, patches, drawn)
-        losses = self._token_losses(x[:, 1:], _with_mixed(labels, drawn), _masks(drawn), most)
+        losses = self._token_losses(x[:, 1:], drawn.with_mixed(labels), drawn.masks, most)
         if self.contrast or self.moco:
             keys = self.keys(center, patches, drawn.mask_k, move=self.training)
             losses.update(self._contrast_losses(self.cls_head(x[:, 0]), keys, drawn.mixup_ratio))
@@ -259,8 +226,9 @@ class MaskedTokenModel(ExpandableModel):
         order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :most]
         scores = at_least_single(self.lm_head(gather(x, order)))  # (2 B, most, num_tokens)
         labels = labels.masked_fill(~mask, -100).gather(1, order)
-        real, mixed = (F.cross_entropy(s.flatten(0, 1), t.flatten()) for s, t in zip(scores.chunk(2), labels.chunk(2)))
-        hits = (scores.detach().argmax(-1) == labels).sum() / (labels >= 0).sum()
+        real, mixed = (F.cross_entropy(s.flatten(0, 1), t.flatten(), reduction='sum') / _count(t)
+                       for s, t in zip(scores.chunk(2), labels.chunk(2)))
+        hits = (scores.detach().argmax(-1) == labels).sum() / _count(labels)
         return dict(loss_mpm_real=real, loss_mpm_mixed=mixed, acc_masked=100 * hits)
 
     def _contrast_losses(self, projected: Tensor, keys: Tensor, ratio: Tensor) -> dict[str, Tensor]:
@@ -284,7 +252,7 @@ class MaskedTokenModel(ExpandableModel):
                 samples: Sequence[Sample] | None = None) -> list[Sample]:
         """The samples with ``gt_tokens``, ``pred_tokens`` and ``masked``, on the CPU."""
         tokens = self.backbone.tokenizer.embed(center, patches)
-        x = self.backbone.encode(_masked(tokens.x, mask, self.mask_token), tokens.pos)
+        x = self.backbone.encode(mask_tokens(tokens.x, mask, self.mask_token), tokens.pos)
         found = dict(gt_tokens=self.scores(center, patches).argmax(-1).cpu(), masked=mask.cpu(),
                      pred_tokens=self.lm_head(x[:, 1:]).argmax(-1).cpu())
         samples = [Sample() for _ in center] if samples is None else list(samples)
@@ -300,8 +268,8 @@ class MaskedTokenModel(ExpandableModel):
         ``logits_masked``, ``center`` and ``label``; ``cls_k``, of the key network after a momentum step; every loss;
         ``queue_after`` and ``queue_ptr_after``.
         """
-        scores, mask = self.scores(center, patches), _masks(drawn)
-        labels = _with_mixed(scores.argmax(-1), drawn)
+        scores, mask = self.scores(center, patches), drawn.masks
+        labels = drawn.with_mixed(scores.argmax(-1))
         blocks = self.features(center, patches, drawn, out_indices=range(len(self.backbone.blocks)), norm=False)
         x = self.backbone.norm(blocks[-1])
         projected, logits = self.cls_head(x[:, 0]), self.lm_head(x[:, 1:])
@@ -316,26 +284,18 @@ class MaskedTokenModel(ExpandableModel):
             found[f'block_{i}'], found[f'mixed_block_{i}'] = block.chunk(2)
         (real, mixed), (real_mask, mixed_mask) = logits.chunk(2), mask.chunk(2)
         found.update(logits_masked=real[real_mask], logits_unmasked=real[~real_mask],
-                     mixed_logits_masked=mixed[mixed_mask], mixed_center=_with_mixed(center, drawn)[len(center):])
+                     mixed_logits_masked=mixed[mixed_mask], mixed_center=drawn.with_mixed(center)[len(center):])
         found['dvae_label'], found['mixed_label'] = labels.chunk(2)
         found['cls_q'], found['mixed_cls_q'] = projected.chunk(2)
         return found
 
 
-def _masked(x: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
-    return torch.where(mask.unsqueeze(-1), mask_token.to(x.dtype), x)
+def _count(labels: Tensor) -> Tensor:
+    """How many patches are labelled, at least 1: masks of independent draws can be empty."""
+    return (labels >= 0).sum().clamp(min=1)
 
 
-def _masks(drawn: Draws) -> Tensor:
-    return torch.cat([drawn.mask, drawn.mask_mixed])
-
-
-def _with_mixed(x: Tensor, drawn: Draws) -> Tensor:
-    """What belongs to the groups of the real clouds, and after it what belongs to those of the mixed ones."""
-    return torch.cat([x, _mix(x, drawn.mixup_ratio, drawn.mixup_uniform)])
-
-
-def _mix(x: Tensor, ratio: Tensor, uniform: Tensor) -> Tensor:
+def mix(x: Tensor, ratio: Tensor, uniform: Tensor) -> Tensor:
     """Groups ``(B, G, ...)`` of each cloud, some replaced by those of the cloud at the mirrored position."""
     own = (uniform < ratio.unsqueeze(1)).view(*x.shape[:2], *[1] * (x.ndim - 2))
     return torch.where(own, x, x.flip(0))
@@ -385,6 +345,8 @@ def _build_dvae(cfg: dict | nn.Module, tokenizer: nn.Module) -> tuple[nn.Module,
             cfg['pretrained'] = dict(source=cfg['pretrained'], strict=True)
     dvae = build_module(cfg, num_groups=tokenizer.num_groups, group_size=tokenizer.group_size,
                         skip_origin=tokenizer.skip_origin)
+    if not isinstance(dvae, DiscreteVAE):
+        raise TypeError(f'MaskedTokenModel: dvae must be a DiscreteVAE or its config, got {type(dvae).__name__}')
     if dvae.group_size != tokenizer.group_size:
         raise ValueError(f'MaskedTokenModel: the dvae labels patches of group_size={dvae.group_size}, the backbone has '
                          f'patches of group_size={tokenizer.group_size}')

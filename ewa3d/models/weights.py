@@ -206,7 +206,7 @@ def state_dict_of(source: str | Path | Mapping, name: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint, wherever projects nest them, without the prefix of a parallel wrapper.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not a checkpoint, no tensors in it.
+        FileNotFoundError, ValueError: no such file, not a checkpoint, no tensors in it, keys that are no names.
     """
     if isinstance(source, (str, Path)):
         from ewa3d.engine.checkpoint import read_checkpoint
@@ -215,6 +215,9 @@ def state_dict_of(source: str | Path | Mapping, name: str) -> dict[str, Tensor]:
         if isinstance(source.get(key), Mapping):
             source = source[key]
             break
+    odd = [key for key in source if not isinstance(key, str)]
+    if odd:
+        raise ValueError(f'{name} has the key {odd[0]!r} among its weights; names (strings) were expected')
     state = {key.removeprefix('module.'): value for key, value in source.items() if isinstance(value, Tensor)}
     if not state:
         raise ValueError(f'{name} holds no tensors; found the keys {some(source)}')
