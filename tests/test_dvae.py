@@ -259,6 +259,32 @@ def test_a_run_follows_its_schedules_and_resumes_exactly(tmp_path):
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
+def test_spread_scores():
+    """Before the activation, every code's score has mean 0 and the spread; so all codes have a chance."""
+    torch.manual_seed(0)
+    model, points = tokenizer().double(), clouds(8).double()
+    model.dgcnn_1.layer5[1].bias.data.uniform_(-1, 1)
+    for spread in (3., 0.5):
+        model.spread_scores(dict(points=points), spread)
+        scores = model.scores(*model.group(points))
+        before = torch.where(scores < 0, scores / 0.2, scores).flatten(0, 1)  # undo the leaky ReLU
+        torch.testing.assert_close(before.mean(0), torch.zeros(12, dtype=torch.float64), atol=1e-9, rtol=0)
+        torch.testing.assert_close(before.std(0), torch.full((12,), spread, dtype=torch.float64))
+
+
+def test_the_hook_spreads_scores_before_the_first_step_only(tmp_path):
+    cfg = dvae_config(tmp_path, epochs=1)
+    cfg['default_hooks']['schedule']['score_spread'] = 2.
+    runner = Runner.from_cfg(cfg)
+    calls = []
+    runner.model.spread_scores = lambda inputs, spread: calls.append((runner.iter, inputs['points'].ndim, spread))
+    runner.train()
+    assert calls == [(0, 3, 2.)]
+    for bad in (0., -1., 'wide'):
+        with pytest.raises((TypeError, ValueError), match='score_spread'):
+            DVAEScheduleHook(score_spread=bad)
+
+
 def test_the_hook_needs_a_tokenizer(tmp_path):
     cfg = dvae_config(tmp_path)
     cfg['model'] = toy_config(tmp_path)['model']

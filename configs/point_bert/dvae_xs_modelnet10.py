@@ -9,7 +9,7 @@ plain_pipeline = [
     dict(type='Pack'),
 ]
 train_dataloader = dict(batch_size=32, dataset=dict(pipeline=plain_pipeline))
-optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=5e-4))
+optim_wrapper = dict(optimizer=dict(lr=5e-4, weight_decay=5e-4))
 param_scheduler = dict(warmup=0.05)
 train_cfg = dict(max_epochs=30)
 val_evaluator = test_evaluator = [dict(type='ReconstructionError'), dict(type='CodeUsage', num_tokens=512)]

@@ -1,8 +1,10 @@
 """The schedules of Point-BERT's tokenizer."""
 from collections.abc import Mapping
 
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
+from ewa3d.checks import check_number
 from ewa3d.engine.hooks import optimizer_steps, unwrapped
 from ewa3d.engine.schedules import Ramp
 from ewa3d.registry import HOOKS
@@ -22,13 +24,19 @@ class DVAEScheduleHook(Hook):
     0.0625 over 100,000; the weight is 0 for 10,000 and rises to 0.1 over 100,000. ``length=0.5`` is half of the run.
 
     Args:
+        score_spread: before the first step, spread the scores so on the first batch, see
+            :meth:`~ewa3d.models.dvae.DiscreteVAE.spread_scores`; for short runs.
         temperature, kl_weight: keywords of :class:`~ewa3d.engine.schedules.Ramp`; those left out are the defaults.
 
     Raises:
         TypeError, ValueError: values out of range; a model without these attributes.
     """
 
-    def __init__(self, temperature: Mapping | None = None, kl_weight: Mapping | None = None):
+    def __init__(self, temperature: Mapping | None = None, kl_weight: Mapping | None = None,
+                 score_spread: float | None = None):
+        if score_spread is not None:
+            check_number('DVAEScheduleHook: score_spread', score_spread, '(0, inf)')
+        self.score_spread = score_spread
         self.ramps = dict(temperature=Ramp(**{**TEMPERATURE, **(temperature or {})}),
                           kl_weight=Ramp(**{**KL_WEIGHT, **(kl_weight or {})}))
         coldest = min(self.ramps['temperature'].start, self.ramps['temperature'].target)
@@ -45,6 +53,11 @@ class DVAEScheduleHook(Hook):
         step, total = optimizer_steps(runner)
         for name, ramp in self.ramps.items():
             setattr(unwrapped(runner.model), name, ramp(step, total))
+        if self.score_spread is not None and runner.iter == 0:
+            model = unwrapped(runner.model)
+            model.spread_scores(model.data_preprocessor(data_batch, True)['inputs'], self.score_spread)
+            for parameter in model.dgcnn_1.layer5[1].parameters():  # every rank has a batch of its own
+                broadcast(parameter.data)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         for name in self.ramps:

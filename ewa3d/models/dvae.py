@@ -86,9 +86,6 @@ class DiscreteVAE(ExpandableModel):
         temperature: of the Gumbel softmax, until somebody sets the attribute.
         kl_weight: likewise.
         skip_origin: sample centres by the rule of the published kernel (see :func:`ewa3d.ops.fps`).
-        score_scale: how far the scores spread at the start. The norm in front of them makes that 1 in the published
-            network, less than the Gumbel noise, and choices mean little until its weights have grown: fine in 200,000
-            steps, too slow for a run of thousands.
         expand, pretrained, data_preprocessor: see :class:`~ewa3d.models.base.ExpandableModel`.
 
     Shape:
@@ -109,8 +106,8 @@ class DiscreteVAE(ExpandableModel):
                  token_dim: int = 256, decoder_dim: int = 256, encoder_widths: Sequence[int] = (128, 256, 512),
                  graph_widths: Sequence[int] = (128, 256, 512, 512, 1024), decoder_widths: Sequence[int] = (1024, 512),
                  num_neighbors: int = 4, temperature: float = 1., kl_weight: float = 0., skip_origin: bool = False,
-                 score_scale: float = 1., expand: Sequence[dict] | None = None,
-                 pretrained: str | dict | None = None, data_preprocessor: dict | nn.Module | None = None):
+                 expand: Sequence[dict] | None = None, pretrained: str | dict | None = None,
+                 data_preprocessor: dict | nn.Module | None = None):
         super().__init__(data_preprocessor)
         for name, value in (('num_groups', num_groups), ('group_size', group_size), ('encoder_dim', encoder_dim),
                             ('num_tokens', num_tokens), ('token_dim', token_dim), ('decoder_dim', decoder_dim),
@@ -125,8 +122,6 @@ class DiscreteVAE(ExpandableModel):
         self.kl_weight = check_number('DiscreteVAE: kl_weight', kl_weight, '[0, inf)')
         self.encoder = PatchEncoder(3, encoder_dim, encoder_widths)
         self.dgcnn_1 = DGCNN(encoder_dim, num_tokens, graph_widths)
-        score_norm = self.dgcnn_1.layer5[1]
-        nn.init.constant_(score_norm.weight, check_number('DiscreteVAE: score_scale', score_scale, '(0, inf)'))
         self.codebook = nn.Parameter(torch.randn(num_tokens, token_dim))
         self.dgcnn_2 = DGCNN(token_dim, decoder_dim, graph_widths)
         self.decoder = FoldingDecoder(decoder_dim, group_size, decoder_widths)
@@ -148,6 +143,23 @@ class DiscreteVAE(ExpandableModel):
         """Scores of all codes ``(B, G, num_tokens)``, in single precision where the layers run in half."""
         features = self.encoder(patches.flatten(0, 1)).view(*patches.shape[:2], -1)  # (B, G, encoder_dim)
         return at_least_single(self.dgcnn_1(features, self.graph(center) if graph is None else graph))
+
+    @torch.no_grad()
+    def spread_scores(self, inputs: dict | Tensor, spread: float) -> None:
+        """Set the last norm of the scores so that, over the patches of these clouds, every code's score has mean 0 and
+        standard deviation ``spread`` (before the activation).
+
+        An untrained network scores all patches alike, with the same few codes on top, by less than the Gumbel noise,
+        and a short run ends with these. (Ours; the published network, trained for 200,000 steps, starts as it is.)
+        """
+        activation, self.dgcnn_1.layer5[2] = self.dgcnn_1.layer5[2], nn.Identity()
+        try:
+            scores = self.scores(*self.group(inputs)).flatten(0, 1)  # (B G, V)
+        finally:
+            self.dgcnn_1.layer5[2] = activation
+        norm, deviation = self.dgcnn_1.layer5[1], scores.std(0).clamp_min(1e-6)
+        norm.bias.copy_((norm.bias - scores.mean(0)) * spread / deviation)
+        norm.weight.mul_(spread / deviation)
 
     @torch.no_grad()
     def labels(self, inputs: dict | Tensor) -> Tensor:
