@@ -298,6 +298,7 @@ def test_a_pretrained_backbone_goes_on_plain_fused_and_expanded(tmp_path):
 @pytest.mark.parametrize('options, error, message', [
     (dict(mask_ratio=1.2), ValueError, r'mask_ratio must lie in \(0, 1\), got 1.2'),
     (dict(mask_ratio=0), ValueError, r'mask_ratio must lie in \(0, 1\)'),
+    (dict(mask_type='iid'), ValueError, "mask_type='iid'; valid names: block, rand"),
     (dict(mask_ratio='half'), TypeError, "mask_ratio must be a number, got 'half'"),
     (dict(mask_ratio=0.1), ValueError, r'mask_ratio=0.1 masks 0 of 8 patches'),
     (dict(mask_type='blok'), ValueError, "mask_type='blok'; did you mean 'block'"),
