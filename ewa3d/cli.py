@@ -108,8 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser('fewshot', parents=[configured],
                                   help='train on every fold of a few-shot task; mean and std over folds')
     command.add_argument('config')
-    command.add_argument('--way', type=int, help="number of classes; default: the config's")
-    command.add_argument('--shot', type=int, help="training clouds of each; default: the config's")
+    command.add_argument('--way', type=int, nargs='+', help="number of classes; default: the config's. Several ways "
+                                                            'and shots are tasks one after the other')
+    command.add_argument('--shot', type=int, nargs='+', help="training clouds of each; default: the config's")
     command.add_argument('--folds', type=int, default=10, help='default: 10; those that are done are skipped')
     command.add_argument('--pretrained', metavar='PATH', help='weights to start from: model.pretrained of the config')
     command.add_argument('--seed', type=int, help="of every fold; default: the config's, else 0")

@@ -2,6 +2,7 @@
 import copy
 import hashlib
 import inspect
+import itertools
 import json
 import statistics
 import sys
@@ -36,12 +37,23 @@ def command(args) -> int:
         cfg.merge_from_dict({'model.pretrained': args.pretrained})
     if args.seed is not None:
         cfg.merge_from_dict({'randomness.seed': args.seed})
-    task = set_fold(cfg, 0, way=args.way, shot=args.shot)
-    name = f'{Path(args.config).stem}_{task["way"]}way_{task["shot"]}shot'
-    work_dir = Path(args.work_dir or Path('work_dirs') / name)
-    report = run_folds(cfg, work_dir, args.folds, args.keep_checkpoints)
-    sys.stdout.write(f'{describe(report)}→ {work_dir / "fewshot.json"}\n')
+    tasks = list(itertools.product(*(dict.fromkeys(values or [None]) for values in (args.way, args.shot))))
+    runs = [_of_task(cfg, args, way, shot, alone=len(tasks) == 1) for way, shot in tasks]
+    for cfg, _ in runs:
+        check_folds(cfg, args.folds)
+    for cfg, work_dir in runs:
+        report = run_folds(cfg, work_dir, args.folds, args.keep_checkpoints)
+        sys.stdout.write(f'{describe(report)}→ {work_dir / "fewshot.json"}\n')
     return 0
+
+
+def _of_task(cfg: Config, args, way: int | None, shot: int | None, alone: bool) -> tuple[Config, Path]:
+    """The config of one of the command's tasks, and its folder: ``--work-dir`` itself where it is the only one."""
+    cfg = copy.deepcopy(cfg)
+    task = '{way}way_{shot}shot'.format(**set_fold(cfg, 0, way=way, shot=shot))
+    if args.work_dir is None:
+        return cfg, Path('work_dirs') / f'{Path(args.config).stem}_{task}'
+    return cfg, Path(args.work_dir) if alone else Path(args.work_dir) / task
 
 
 def run_folds(cfg: Config, work_dir: str | Path, folds: int = 10, keep_checkpoints: bool = False) -> dict:
@@ -59,6 +71,7 @@ def run_folds(cfg: Config, work_dir: str | Path, folds: int = 10, keep_checkpoin
         ``best_epoch``, and of all ``last`` and ``best`` with ``mean`` and ``std``.
 
     Raises:
+        FileNotFoundError: the files of one of the folds are not there; before the first is trained on.
         ValueError: no few-shot data in the config, or results of another config in ``work_dir``.
     """
     check_integer('folds', folds, 1)
@@ -66,6 +79,7 @@ def run_folds(cfg: Config, work_dir: str | Path, folds: int = 10, keep_checkpoin
     cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': (cfg.get('randomness') or {}).get('seed') or 0}
     task = set_fold(cfg, 0)
     check_config(cfg)
+    check_folds(cfg, folds)
     report = read_report(work_dir, dict(**task, seed=cfg.randomness.seed, digest=digest(cfg)))
     report['config'] = str(cfg.filename)
     started, done = time.perf_counter(), 0
@@ -109,8 +123,7 @@ def set_fold(cfg: Config, fold: int, **task: int | None) -> dict[str, int]:
     Raises:
         ValueError: the training data, or what is evaluated, are no few-shot data, or folds of another task.
     """
-    found = {split: [c for c in dataset_cfgs(cfg.get(f'{split}_dataloader')) if is_fewshot(c)]
-             for split in ('train', 'val', 'test')}
+    found = fewshot_cfgs(cfg)
     if not found['train'] or not (found['val'] or found['test']):
         raise ValueError('fewshot needs a config with FewShot data in train_dataloader and in val_dataloader or '
                          'test_dataloader; configs/_base_/datasets/fewshot-modelnet40.py shows them')
@@ -121,6 +134,19 @@ def set_fold(cfg: Config, fold: int, **task: int | None) -> dict[str, int]:
     if any(other != tasks[0] for other in tasks):
         raise ValueError(f'the data sets of the config are folds of different tasks: {tasks}')
     return tasks[0]
+
+
+def check_folds(cfg: Config, folds: int) -> None:
+    """Raise ``FileNotFoundError`` where a fold is missing: now, and not when its turn comes."""
+    for dataset in itertools.chain(*fewshot_cfgs(cfg).values()):
+        for fold in range(folds):
+            DATASETS.build({**dataset, 'fold': fold, 'pipeline': [], 'lazy_init': True})
+
+
+def fewshot_cfgs(cfg: Config) -> dict[str, list[Mapping]]:
+    """The configs of few-shot data, by split."""
+    return {split: [c for c in dataset_cfgs(cfg.get(f'{split}_dataloader')) if is_fewshot(c)]
+            for split in ('train', 'val', 'test')}
 
 
 def is_fewshot(cfg: Mapping) -> bool:
@@ -160,9 +186,10 @@ def read_report(work_dir: Path, settings: dict) -> dict:
     """The report in ``work_dir``, begun where there is none.
 
     Raises:
-        ValueError: it is unreadable, or was made with other settings.
+        ValueError: it is unreadable, or was made with other settings, or is missing beside folds that were begun.
     """
     path = work_dir / 'fewshot.json'
+    begun = list(work_dir.glob('fold_*/last_checkpoint'))
     if path.is_file():
         try:
             report = json.loads(path.read_text(encoding='utf-8'))
@@ -171,9 +198,12 @@ def read_report(work_dir: Path, settings: dict) -> dict:
             raise ValueError(f'{path} is no report of few-shot folds ({error!r}); move it away') from None
         if found == settings:
             return report
-        if report['folds'] or list(work_dir.glob('fold_*/last_checkpoint')):  # else a start that came to nothing
+        if report['folds'] or begun:  # else a start that came to nothing
             raise ValueError(f'{path} holds folds of other settings: {found} there, {settings} here (the digest is of '
                              f'the whole config); choose another --work-dir, or remove it')
+    elif begun:
+        raise ValueError(f'{begun[0].parent} is a fold that was begun, and there is no {path} that says with which '
+                         f'settings; choose another --work-dir, or remove it')
     report = dict(settings=settings, note=NOTE, folds=[])
     write_report(work_dir, report)
     return report

@@ -3,6 +3,7 @@
 Both are hooks that add numbers to the metrics of an evaluation and change none. They run before the metrics are logged,
 written down or compared, and between ``before_val`` and ``after_val``, where the run's random generators are put back.
 """
+import copy
 import warnings
 from collections.abc import Sequence
 
@@ -14,13 +15,16 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ewa3d.checks import check_integer, check_number
+from ewa3d.checks import check_integer, check_number, some
+from ewa3d.engine.derive import dataset_cfgs
 from ewa3d.engine.hooks import unwrapped, walk_datasets
 from ewa3d.evaluation import is_of_one_class
 from ewa3d.registry import HOOKS
 from ewa3d.structures import Sample
 
 __all__ = ['LinearSVMHook', 'VotingHook', 'extract_features', 'linear_svm', 'vote']
+
+IN_ORDER = "sampler=dict(type='DefaultSampler', shuffle=False, round_up=False)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +44,8 @@ class LinearSVMHook(Hook):
             solver may then stop at its 1,000 iterations before it has converged, which the log says.
 
     Raises:
-        ValueError: there is no validation to add it to, or only one class to fit.
+        ValueError: there is no validation to add it to, only one class to fit, test data of other classes, or a sampler
+            that repeats samples.
         TypeError: a model without ``extract``.
     """
     adds_metrics = True
@@ -63,15 +68,36 @@ class LinearSVMHook(Hook):
         self._add(runner, metrics, runner.test_dataloader)
 
     def _add(self, runner, metrics: dict, evaluated: DataLoader) -> None:
-        sets = []
+        sets: list[np.ndarray] = []
         for name, cfg in self._cfgs.items():
-            if name not in self._loaders:
-                self._loaders[name] = evaluated if cfg is None else runner.build_dataloader(cfg, seed=runner.seed)
-            parts = all_gather_object(extract_features(runner.model, self._loaders[name]))
-            if cfg is not None:
-                self._loaders[name]._iterator = None  # ends persistent workers
-            sets.append([np.concatenate(arrays) for arrays in zip(*parts)])
-        metrics['svm_acc'] = linear_svm(*sets[0], *sets[1], C=self.C)
+            if cfg is None:
+                self._loaders[name] = evaluated
+            elif name not in self._loaders:
+                self._loaders[name] = runner.build_dataloader(cfg, seed=runner.seed)
+        check_classes(*(loader.dataset for loader in self._loaders.values()))
+        for name, loader in self._loaders.items():
+            sets += gather_features(runner.model, loader, f'LinearSVMHook: {name}_dataloader')
+            if loader is not evaluated:
+                loader._iterator = None  # ends persistent workers
+        metrics['svm_acc'] = linear_svm(*sets, C=self.C)
+
+
+def gather_features(model: nn.Module, loader: DataLoader, what: str) -> list[np.ndarray]:
+    """Features and labels (see :func:`extract_features`) of all ranks."""
+    parts = [part for part in all_gather_object(extract_features(model, loader)) if len(part[1])]
+    features, labels = (np.concatenate(arrays) for arrays in zip(*parts))
+    if len(labels) > len(loader.dataset):
+        raise ValueError(f'{what} gives {len(labels)} samples of {len(loader.dataset)}: its sampler repeats some; set '
+                         f'{IN_ORDER}')
+    return [features, labels]
+
+
+def check_classes(train, test) -> None:
+    """Raise ``ValueError`` where two data sets say that their labels mean different classes."""
+    fitted, scored = (list((getattr(data, 'metainfo', None) or {}).get('classes') or []) for data in (train, test))
+    if fitted and scored and fitted != scored:
+        raise ValueError(f'LinearSVMHook: the training data have the classes {some(fitted)}, the test data '
+                         f'{some(scored)}; give a test_dataloader with the same ones in the same order')
 
 
 @torch.no_grad()
@@ -79,7 +105,7 @@ def extract_features(model: nn.Module, loader: DataLoader) -> tuple[np.ndarray, 
     """The frozen features of a data set, and its labels. The model is in eval mode meanwhile.
 
     Shape:
-        - returns ``(n, C)`` float32 and ``(n,)`` int64.
+        - returns ``(n, C)`` float32 and ``(n,)`` int64; ``n`` is 0 on a rank that is given no sample.
 
     Raises:
         TypeError: the model has no ``extract``. ValueError: a sample has no label.
@@ -101,7 +127,7 @@ def extract_features(model: nn.Module, loader: DataLoader) -> tuple[np.ndarray, 
     finally:
         for module in training:
             module.training = True
-    return np.concatenate(features), np.array(labels)
+    return np.concatenate(features) if features else np.empty((0, 0), np.float32), np.array(labels, np.int64)
 
 
 def linear_svm(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray,
@@ -152,13 +178,16 @@ class VotingHook(Hook):
         self.times = check_integer('VotingHook: times', times, 1)
         if not pipeline:
             raise ValueError('VotingHook needs the pipeline of its passes; that of the training, as a rule')
-        self.pipeline, self.seed = list(pipeline), seed
+        self.pipeline = list(pipeline)
+        self.seed = None if seed is None else check_integer('VotingHook: seed', seed, 0)
 
     def after_test_epoch(self, runner, metrics: dict | None = None) -> None:
-        cfg = runner.cfg.test_dataloader
+        cfg = copy.deepcopy(runner.cfg.test_dataloader)
         seed = runner.seed if self.seed is None else self.seed
-        dataset = {**cfg['dataset'], 'pipeline': self.pipeline, 'seed': seed}
-        loader = runner.build_dataloader({**cfg, 'dataset': dataset})
+        for dataset in dataset_cfgs(cfg):
+            if not {'dataset', 'datasets'} & set(dataset):  # what wraps others has no pipeline
+                dataset.update(pipeline=self.pipeline, seed=seed)
+        loader = runner.build_dataloader(cfg, seed=seed)
         runner.test_evaluator.process(data_samples=vote(runner.model, loader, self.times))
         voted = runner.test_evaluator.evaluate(len(loader.dataset))
         metrics.update({f'{key}_vote{self.times}': value for key, value in voted.items() if not is_of_one_class(key)})
@@ -171,7 +200,8 @@ def vote(model: nn.Module, loader: DataLoader, times: int) -> list[Sample]:
     The model should be in eval mode; pass ``i`` is epoch ``i`` of the data set.
 
     Raises:
-        TypeError: a data set without epochs, of which every pass would be the same.
+        TypeError: a data set without epochs, of which every pass would be the same; a model that gives no logits
+            ``(B, K)``: scores of points are of other points in each pass.
         ValueError: a loader that gives the samples in another order each time.
     """
     model = unwrapped(model)
@@ -186,8 +216,7 @@ def vote(model: nn.Module, loader: DataLoader, times: int) -> list[Sample]:
         logits, samples = _pass(model, loader)
         names = [(sample.get('name'), sample.get('index')) for sample in samples]
         if order not in (None, names):
-            raise ValueError('voting needs a loader that gives the samples in one order: sampler=dict('
-                             "type='DefaultSampler', shuffle=False, round_up=False)")
+            raise ValueError(f'voting needs a loader that gives the samples in one order: {IN_ORDER}')
         order, total = names, total + logits
     scores = (total / times).softmax(-1).float()
     for sample, score in zip(samples, scores):
@@ -199,7 +228,11 @@ def _pass(model: nn.Module, loader: DataLoader) -> tuple[Tensor, list[Sample]]:
     logits, samples = [], []
     for batch in loader:
         batch = model.data_preprocessor(batch, False)
-        logits.append(model(batch['inputs'], mode='tensor').double().cpu())
+        output = model(batch['inputs'], mode='tensor')
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(f'voting averages the logits (B, K) of a classifier, {type(model).__name__} gives {found}')
+        logits.append(output.double().cpu())
         samples += batch['data_samples']
     loader._iterator = None
-    return torch.cat(logits), samples
+    return torch.cat(logits) if logits else torch.empty(0, 1), samples

@@ -46,6 +46,48 @@ def test_is_valid_and_shallow(path):
     assert '_delete_' not in path.read_text()
 
 
+# What the published configs say: points, pool and batch in training, groups, epochs, warm-up, learning rate, decay.
+TUNED = dict(batch=32, epochs=300, warmup=10, lr=5e-4, decay=0.05, clip=10)
+MASKED = dict(points=1024, pool=None, groups=64, batch=128, epochs=300, warmup=10, lr=1e-3, decay=0.05, clip=None)
+CLASSIFIED = {'1k': (1024, 1200, 64), '2k': (2048, 2400, 128), '4k': (4096, 4800, 256), '8k': (8192, 8192, 512)}
+OFFICIAL = {
+    **{f'point_{m}/point-{m}_s_ft_modelnet40-{size}': dict(TUNED, points=points, pool=pool, groups=groups)
+       for m in ('mae', 'bert') for size, (points, pool, groups) in CLASSIFIED.items()},
+    **{f'point_mae/point-mae_s_ft_scanobjectnn-{v}': dict(TUNED, points=2048, pool=None, groups=128)
+       for v in ('objbg', 'objonly', 'hardest')},
+    **{f'point_bert/point-bert_s_ft_scanobjectnn-{v}': dict(TUNED, points=1024, pool=1200, groups=64)
+       for v in ('objbg', 'objonly', 'hardest')},
+    **{f'point_{m}/point-{m}_s_ft_fewshot-modelnet40': dict(TUNED, epochs=150, points=1024, pool=1200, groups=64)
+       for m in ('mae', 'bert')},
+    'point_mae/point-mae_s_pt_shapenet55': MASKED,
+    'point_bert/point-bert_s_pt_shapenet55': dict(MASKED, warmup=3, lr=5e-4),
+    'point_bert/dvae_shapenet55': dict(MASKED, batch=64, lr=5e-4, decay=5e-4)}
+
+
+@pytest.mark.parametrize('leaf', OFFICIAL)
+def test_official_recipes_have_the_official_numbers(leaf):
+    cfg = Config.fromfile(CONFIGS / f'{leaf}.py')
+    optimizer, dataset, epochs = cfg.optim_wrapper.optimizer, cfg.train_dataloader.dataset, cfg.train_cfg.max_epochs
+    tokenizer = cfg.model.get('backbone', dict(tokenizer=cfg.model))['tokenizer']
+    sampled = next(step for step in dataset.pipeline if step.type == 'Resample')
+    assert dict(batch=cfg.train_dataloader.batch_size, epochs=epochs, points=sampled.num_points,
+                pool=sampled.get('pool'), groups=tokenizer.num_groups, lr=optimizer.lr, decay=optimizer.weight_decay,
+                clip=(cfg.optim_wrapper.get('clip_grad') or {}).get('max_norm'),
+                warmup=round(cfg.param_scheduler.warmup * epochs, 6)) == OFFICIAL[leaf]
+    assert (optimizer.type, sampled.method, tokenizer.group_size) == ('AdamW', 'random', 32)
+    assert cfg.param_scheduler.eta_min == 1e-6 and cfg.train_dataloader.drop_last and tokenizer.skip_origin
+    kinds = [step.type for step in dataset.pipeline]
+    augmented = [] if 'dvae' in leaf else [dict(type='RandomScale', scale=(2 / 3, 3 / 2)),
+                                           dict(type='RandomShift', shift=0.2)]
+    assert [dict(step) for step in dataset.pipeline if step.type.startswith('Random')] == augmented
+    assert ('Normalize' in kinds) == ('scanobjectnn' not in leaf)
+    if 'scanobjectnn' in leaf:
+        variants = [cfg[f'{split}_dataloader'].dataset.variant for split in ('train', 'val', 'test')]
+        assert variants == 3 * [leaf.rpartition('-')[2]]
+    if 'pt_shapenet55' in leaf:
+        assert dataset.get('whole', False) == ('bert' in leaf)
+
+
 @pytest.mark.parametrize('path', LEAVES, ids=name)
 def test_builds_and_takes_one_step(path):
     cfg = Config.fromfile(path)

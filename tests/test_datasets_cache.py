@@ -47,6 +47,15 @@ def test_clouds_of_any_sizes_come_back_ordered_and_cut(source):
     assert all(np.array_equal(memory[i], clouds[i]) for i in range(3))
 
 
+@pytest.mark.parametrize('total', [2, 4, 40])
+def test_other_clouds_than_are_listed_leave_no_cache(tmp_path, total):
+    clouds = [np.eye(3, dtype=np.float32)] * 3
+    for where in (tmp_path, None):
+        with pytest.raises(ValueError, match=f'things: {total} clouds are listed, 3 were read'):
+            cached_clouds(where, 'things', {}, [], tmp_path, lambda: clouds, total, 10)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
 def test_it_is_read_once(source):
     source.open()
     source.open()

@@ -72,6 +72,12 @@ def test_missing_folds_name_both_places(make):
         FewShot('no/such/folder')
 
 
+def test_a_missing_fold_is_missed_before_it_is_read(make):
+    make(lazy_init=True)
+    with pytest.raises(FileNotFoundError, match=r'2way_3shot/4\.pkl'):
+        make(lazy_init=True, fold=4)
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, (str(Bomb.target),)
@@ -140,6 +146,15 @@ def test_folds_depend_on_the_arguments_alone_and_nest():
     assert all(draw_fold(LABELS, 5, 10, **other) != first for other in (dict(fold=1), dict(seed=1)))
     more = draw_fold(LABELS, 5, 20)
     assert more['test'] == first['test'] and set(first['train']) < set(more['train'])
+
+
+def test_folds_are_the_same_everywhere():
+    """Written down here, so that no other version of numpy draws others."""
+    small = dict(train=[0, 1, 2, 3] * 5, test=[3, 2, 1, 0] * 4)
+    assert draw_fold(small, way=2, shot=2, queries=1) == dict(
+        train=[(19, 0, 3), (7, 0, 3), (5, 1, 1), (17, 1, 1)], test=[(8, 0, 3), (6, 1, 1)])
+    assert draw_fold(small, way=3, shot=1, fold=7, queries=1, seed=2**40) == dict(
+        train=[(5, 0, 1), (7, 1, 3), (8, 2, 0)], test=[(10, 0, 1), (12, 1, 3), (3, 2, 0)])
 
 
 def test_every_class_is_drawn():

@@ -224,6 +224,25 @@ def test_bad_txt(make):
         make()
 
 
+@pytest.mark.parametrize('layout', [txt_layout, lambda root: h5_layout(root, names=CLASSES[40])])
+def test_lists_as_other_systems_write_them(make, layout):
+    layout(make.root)
+    plain = make()
+    for file in make.root.glob('*.txt'):
+        file.write_bytes(b'\xef\xbb\xbf' + file.read_bytes().replace(b'\n', b' \r\n'))
+    again = make()
+    assert again.labels == plain.labels and again.metainfo == plain.metainfo
+    assert all(np.array_equal(a['points'], b['points']) for a, b in zip(plain, again))
+
+
+def test_lists_with_a_line_twice(make):
+    txt_layout(make.root)
+    listed = make.root / 'modelnet40_train.txt'
+    listed.write_text(listed.read_text() + 'chair_0001\n')
+    with pytest.raises(ValueError, match=r"modelnet40_train\.txt: 1 of its lines .*'chair_0001'"):
+        make()
+
+
 def test_bad_off(make):
     off_layout(make.root)
     (make.root / 'toilet/train/toilet_0001.off').write_text('OFF\n4 4 0\n0 0 0\n')

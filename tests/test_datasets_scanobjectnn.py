@@ -132,6 +132,21 @@ def test_a_group_is_no_array(root):
         make(root)
 
 
+def test_what_cannot_be_read_names_the_file(root):
+    """A link to nothing, an array without content, one that no memory holds."""
+    write(root / TRAIN, **{**arrays(4), 'data': h5py.SoftLink('/nowhere')})
+    with pytest.raises(ValueError, match=r"scale75\.h5: (has no key 'data'|cannot be read)"):
+        make(root)
+    write(root / TRAIN, **{**arrays(4), 'data': h5py.Empty('f4')})
+    with pytest.raises(ValueError, match=r"scale75\.h5: 'data' is a group or holds nothing"):
+        make(root)
+    write(root / TRAIN, **{**arrays(4), 'data': None})
+    with h5py.File(root / TRAIN, 'a') as file:
+        file.create_dataset('data', (3, 10**15, 3), 'f4', chunks=(1, 1024, 3))
+    with pytest.raises(ValueError, match=r'scale75\.h5: cannot be read'):
+        make(root)
+
+
 def test_nothing_but_background(root):
     write(root / TRAIN, **{**arrays(4), 'mask': np.full((3, 40), -1)})
     assert not make(root)[0]['parts'].any()

@@ -88,6 +88,24 @@ def test_missing_clouds_are_counted(root):
     assert len(ShapeNet55(root, split='test')) == 1
 
 
+@pytest.mark.parametrize('text', ['\ufeff{}\n{}', '{}\r\n{}\r\n', '  {} \n\n\t{}\t\n \n', '{}\r{}'])
+def test_lists_as_other_systems_write_them(root, text):
+    (root / 'ShapeNet-55/train.txt').write_bytes(text.format(*TRAIN[:2]).encode())
+    assert ShapeNet55(root).labels == [0, 18]
+
+
+def test_a_list_that_names_a_cloud_twice(root):
+    write_lists(root / 'ShapeNet-55', train=[*TRAIN, TRAIN[1]])
+    with pytest.raises(ValueError, match=rf'train\.txt: 1 of its lines .* more than once, the first is .{TRAIN[1]}'):
+        ShapeNet55(root)
+
+
+def test_a_cloud_in_both_lists_is_found_by_whole(root):
+    write_lists(root / 'ShapeNet-55', test=[*TEST, TRAIN[0]])
+    with pytest.raises(ValueError, match=rf'1 of the clouds of train\.txt are in test\.txt as well.*{TRAIN[0][:-4]}'):
+        ShapeNet55(root, whole=True)
+
+
 @pytest.mark.parametrize('line', ['/etc/passwd', '../02691156-a.npy', '02691156-../../a.npy', '02691156-a/b.npy',
                                   r'02691156-a\b.npy', '02691156-a.npz', '02691156.npy', '٠٢٦٩١١٥٦-a.npy', 'chair_0001',
                                   '02691156-a\x00.npy', '0269115-a.npy', '\ufffd' * 400])

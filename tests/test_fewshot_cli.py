@@ -160,6 +160,66 @@ def test_the_default_work_dir_names_the_task(done, tmp_path, monkeypatch):
     assert (tmp_path / 'work_dirs/few_3way_4shot/fewshot.json').is_file()
 
 
+def test_several_tasks_by_one_command(done, tmp_path, monkeypatch, capsys):
+    _, path = done
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fewshot, 'run_fold', lambda cfg, work_dir, fold: dict(
+        fold=fold, last=10.0 * cfg.train_dataloader.dataset.way, best=60.0 + fold, best_epoch=1, seconds=0.0))
+    grid = ['--way', 2, 3, '--shot', 1, 2, '--folds', 2]
+    for root, argv in ((tmp_path / 'grid', ['--work-dir', 'grid']), (tmp_path / 'work_dirs', [])):
+        capsys.readouterr()
+        assert run(path, *grid, *argv) == 0
+        out = capsys.readouterr().out
+        for way, shot in ((2, 1), (2, 2), (3, 1), (3, 2)):
+            name = f'{way}way_{shot}shot'
+            report = report_of(root / (name if argv else f'few_{name}'))
+            assert (report['settings']['way'], report['settings']['shot']) == (way, shot)
+            assert report['last']['mean'] == 10 * way and report['best']['mean'] == 60.5
+            assert f'{way}-way {shot}-shot, 2 folds' in out
+    assert 'way must be at least 2' in fails(capsys, path, '--way', 2, 1, '--work-dir', tmp_path / 'bad')
+    assert not (tmp_path / 'bad').exists()  # before the first task is begun
+
+
+def test_a_missing_fold_is_missed_before_the_first_is_trained_on(tmp_path, capsys, monkeypatch):
+    for fold in (0, 2):
+        file = tmp_path / f'data/3way4shot/{fold}.pkl'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b'')
+    monkeypatch.setattr(fewshot, 'run_fold', None)
+    cfg = Config.fromfile(config(tmp_path))
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset = dict(type='FewShot', data_root=str(tmp_path / 'data'), way=3, shot=4,
+                                                  split='train' if split == 'train' else 'test', pipeline=PIPELINE)
+    with pytest.raises(FileNotFoundError, match=r'3way_4shot/1\.pkl'):
+        fewshot.run_folds(cfg, tmp_path / 'run', folds=3)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_folds_that_were_begun_without_a_report(done, tmp_path, capsys):
+    _, path = done
+    (tmp_path / 'fold_3').mkdir()
+    (tmp_path / 'fold_3/last_checkpoint').write_text('epoch_1.pth')
+    error = fails(capsys, path, '--work-dir', tmp_path)
+    assert 'fold_3' in error and 'with which settings' in error
+
+
+def test_stopped_between_the_training_and_the_report(done, tmp_path, monkeypatch):
+    folder, path = done
+    calls = []
+
+    def write_report(work_dir, report):
+        calls.append(len(report['folds']))
+        if calls == [0, 1]:
+            raise KeyboardInterrupt
+        original(work_dir, report)
+    original = fewshot.write_report
+    monkeypatch.setattr(fewshot, 'write_report', write_report)
+    assert run(path, '--way', 2, '--folds', 2, '--work-dir', tmp_path) == 130
+    assert (tmp_path / 'fold_0/epoch_2.pth').is_file() and not report_of(tmp_path)['folds']
+    assert run(path, '--way', 2, '--folds', 2, '--work-dir', tmp_path) == 0
+    assert without_time(report_of(tmp_path)) == without_time(report_of(folder / 'run'))
+
+
 def test_accuracies_of_a_run(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     lines = [dict(mode='train', epoch=1, loss=1), dict(mode='val', epoch=1, OA=50), dict(mode='val', epoch=2, OA=70),

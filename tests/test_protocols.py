@@ -167,6 +167,33 @@ def test_svm_hook_mistakes(tmp_path):
             check_config(svm_config('x', hook=dict(SVM, train_dataloader={**SVM['train_dataloader'], path: value})))
 
 
+@pytest.mark.parametrize('classes', [('round', 'flat', 'long'), ('flat', 'round', 'tall'), ('flat', 'round')])
+def test_test_data_of_other_classes(tmp_path, classes):
+    hook = dict(SVM, test_dataloader=dict(**LOADER, dataset=dict(type='ToyClouds', num_samples=6, classes=classes)))
+    with pytest.raises(ValueError, match=f'have the classes flat, round, long, the test data {classes[0]}'):
+        train(svm_config(tmp_path, hook=hook, epochs=1))
+
+
+def test_a_sampler_that_repeats_samples(tmp_path, monkeypatch):
+    """As ``round_up=True`` does for ranks that do not divide the data."""
+    runner = Runner.from_cfg(svm_config(tmp_path))
+    loader = runner.build_dataloader(SVM['train_dataloader'])
+    empty = (np.empty((0, 0), np.float32), np.empty(0, np.int64))
+    own = extract_features(runner.model, loader)
+    monkeypatch.setattr(protocols, 'all_gather_object', lambda part: [part, empty])  # a rank without a sample
+    features, labels = protocols.gather_features(runner.model, loader, 'x')
+    assert np.array_equal(features, own[0]) and np.array_equal(labels, own[1])
+    monkeypatch.setattr(protocols, 'all_gather_object', lambda part: [part, part])
+    with pytest.raises(ValueError, match=r'x gives 30 samples of 15.*round_up=False'):
+        protocols.gather_features(runner.model, loader, 'x')
+
+
+def test_a_rank_without_samples_has_no_features(tmp_path):
+    runner = Runner.from_cfg(svm_config(tmp_path))
+    features, labels = extract_features(runner.model, [])
+    assert len(features) == len(labels) == 0
+
+
 # ---- voting ----------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def voted(tmp_path_factory):
@@ -229,6 +256,34 @@ def test_a_config_may_say_how_to_vote(voted):
     assert metrics['OA_vote1'] == metrics['OA']  # vote_pipeline draws nothing
 
 
+def test_voting_on_data_that_others_wrap(voted):
+    """The passes' pipeline and seed go to the data sets inside."""
+    folder, test = voted
+    cfg = shapes_config()
+    data = cfg['test_dataloader']['dataset']
+    expected = test('unwrapped', '--vote', '2')['OA_vote2']
+    for name, wrapped in (('concat', dict(type='ConcatDataset', datasets=[data])),
+                          ('repeat', dict(type='RepeatDataset', dataset=data, times=1))):
+        cfg['test_dataloader']['dataset'] = wrapped
+        config = str(write_config(folder / f'{name}.py', {k: v for k, v in cfg.items() if k != 'work_dir'}))
+        assert cli.main(['test', config, str(folder / 'run/epoch_1.pth'), '--work-dir', str(folder / name), '--vote',
+                         '2']) == 0
+        assert json.loads((folder / name / 'metrics.json').read_text())['OA_vote2'] == expected
+
+
+@pytest.mark.parametrize('output', [torch.zeros(2, 8, 5), dict(logits=torch.zeros(2, 5))])
+def test_voting_is_for_classifiers(output):
+    class Other(nn.Module):
+        def data_preprocessor(self, batch, training):
+            return batch
+
+        def forward(self, inputs, mode):
+            return output
+    loader = [dict(inputs={}, data_samples=[])]
+    with pytest.raises(TypeError, match=r'logits \(B, K\) of a classifier, Other gives'):
+        protocols._pass(Other(), loader)
+
+
 def test_voting_mistakes(voted, tmp_path, capsys):
     folder, _ = voted
     config, checkpoint = str(folder / 'c.py'), str(folder / 'run/epoch_1.pth')
@@ -239,6 +294,8 @@ def test_voting_mistakes(voted, tmp_path, capsys):
         assert text in capsys.readouterr().err
     with pytest.raises(ValueError, match='needs the pipeline'):
         protocols.VotingHook()
+    with pytest.raises(ValueError, match='seed must be at least 0'):
+        protocols.VotingHook(pipeline=AUGMENTED, seed=-1)
     cfg = shapes_config(default_hooks=dict(vote=dict(type='VotingHook', pipeline=[dict(type='Pakc')])))
     with pytest.raises(KeyError, match=r"default_hooks\.vote\.pipeline\[0\].*'Pack'"):
         check_config(cfg)

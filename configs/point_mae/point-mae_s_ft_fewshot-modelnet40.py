@@ -1,5 +1,5 @@
 # Point-MAE, pretrained on ShapeNet-55, fine-tuned on few-shot ModelNet40:
-#     python tools/fewshot.py configs/point_mae/point-mae_s_ft_fewshot-modelnet40.py --way 5 --shot 10
+#     python tools/fewshot.py configs/point_mae/point-mae_s_ft_fewshot-modelnet40.py --way 5 10 --shot 10 20
 # Official weights instead of your own: --cfg-options model.pretrained=FILE.
 _base_ = [
     '../_base_/runtime.py', '../_base_/models/point-mae_cls.py', '../_base_/datasets/fewshot-modelnet40.py',

@@ -192,7 +192,7 @@ def prepare(read: Callable[[], Iterable[np.ndarray]], total: int, max_points: in
                              f'{columns}')
         columns = cloud.shape[1]
         batch.append(cloud)
-        if len(batch) < BATCH and done + len(batch) < total:
+        if len(batch) < BATCH and done + len(batch) != total:
             continue
         yield from (c[:max_points] for c in batch) if fps_ordered else ordered(batch, max_points, done)
         done, batch = done + len(batch), []
@@ -201,6 +201,8 @@ def prepare(read: Callable[[], Iterable[np.ndarray]], total: int, max_points: in
             reported = now
             left = (now - start) / done * (total - done)
             print_log(f'preparing {name}: {done}/{total} clouds, {left:.0f} s left', 'current')
+    if done != total or batch:
+        raise ValueError(f'{name}: {total} clouds are listed, {done + len(batch)} were read')
 
 
 def ordered(clouds: list[np.ndarray], max_points: int, first: int) -> Iterator[np.ndarray]:

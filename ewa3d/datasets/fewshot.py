@@ -36,7 +36,8 @@ class FewShot(PointDataset):
         way, shot, fold: which fold.
         queries: test clouds of each class (20 in the published folds); belongs to ``base``.
         fold_seed: of the drawing; ``seed`` is the augmentation's. Belongs to ``base``. Folds of one seed have the same
-            classes and queries for every ``shot``, and the clouds of a smaller one are among those of a larger.
+            classes and queries for every ``shot`` that all classes have clouds for, and the clouds of a smaller one are
+            among those of a larger.
         normals: keep normals as columns 3 to 5. With ``base``, that decides.
         max_points: how many points of a cloud of the published folds are kept at most.
 
@@ -55,7 +56,10 @@ class FewShot(PointDataset):
         self.way, self.shot, self.fold = way, shot, fold
         self.queries, self.fold_seed = queries, fold_seed
         self.base, self.normals, self.max_points = check_base(base, data_root, normals), bool(normals), max_points
-        root = None if base is not None else require_folder(data_root or DEFAULT_ROOT, 'FewShot')
+        root = None
+        if base is None:
+            root = require_folder(data_root or DEFAULT_ROOT, 'FewShot')
+            self.file = find_fold(root, way, shot, fold)
         super().__init__(root, split, **kwargs)
 
     def load_metainfo(self) -> dict:
@@ -88,7 +92,7 @@ class FewShot(PointDataset):
         return entries
 
     def _published(self) -> list[dict]:
-        file = self._file()
+        file = self.file
         items = read_fold(file, self.way)[self.split]
         if not items:
             raise ValueError(f'{file}: holds no {self.split} clouds')
@@ -107,14 +111,15 @@ class FewShot(PointDataset):
         return [dict(name=f'{file.parent.name}/{file.name}[{self.split}][{row}]', label=label, class_id=class_id,
                      row=row, fps_ordered=True) for row, (_, label, class_id) in enumerate(items)]
 
-    def _file(self) -> Path:
-        names = [f'{self.way}way_{self.shot}shot', f'{self.way}way{self.shot}shot']
-        for name in names:
-            if (self.data_root / name / f'{self.fold}.pkl').is_file():
-                return self.data_root / name / f'{self.fold}.pkl'
-        raise FileNotFoundError(f'FewShot: there is neither {self.data_root / names[0] / f"{self.fold}.pkl"} nor '
-                                f'{names[1]}/{self.fold}.pkl; data/README.md says where to get them, and '
-                                f"base=dict(type='ModelNet') draws folds without them")
+
+def find_fold(root: Path, way: int, shot: int, fold: int) -> Path:
+    """The file of a published fold, by either of the names that its folder may have."""
+    files = [root / name / f'{fold}.pkl' for name in (f'{way}way_{shot}shot', f'{way}way{shot}shot')]
+    for file in files:
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f'FewShot: there is neither {files[0]} nor {files[1].relative_to(root)}; data/README.md '
+                            f"says where to get them, and base=dict(type='ModelNet') draws folds without them")
 
 
 def check_base(base, data_root, normals: bool) -> dict | None:
@@ -140,7 +145,8 @@ def draw_fold(labels: Mapping[str, Sequence[int]], way: int, shot: int, fold: in
 
     Returns:
         for ``train`` and ``test`` a list of ``(index of the sample, label in the fold, label in the source)``: ``shot``
-        samples of each of ``way`` classes, and ``queries`` of each. It depends on the arguments alone.
+        samples of each of ``way`` classes, and ``queries`` of each. It depends on the arguments alone, on every machine
+        and with every version of numpy.
 
     Raises:
         ValueError: fewer than ``way`` classes have as many samples.
@@ -154,14 +160,19 @@ def draw_fold(labels: Mapping[str, Sequence[int]], way: int, shot: int, fold: in
     if len(able) < way:
         raise ValueError(f'FewShot: way={way} classes with shot={shot} training and queries={queries} test samples '
                          f'asked for, {len(able)} of {len(counts["train"])} classes have so many')
-    classes = np.random.default_rng((seed, way, fold)).permutation(able)[:way]
+    classes = frozen_rng(seed, way, fold).permutation(able)[:way]
     drawn: dict = {split: [] for split in needed}
     for label, class_id in enumerate(classes.tolist()):
         for i, (split, size) in enumerate(needed.items()):
             members = np.flatnonzero(labels[split] == class_id)
-            rng = np.random.default_rng((seed, way, fold, class_id, i))  # not of the shot: folds of 10 and 20 nest
+            rng = frozen_rng(seed, way, fold, class_id, i)  # not of the shot: folds of 10 and 20 nest
             drawn[split] += [(index, label, class_id) for index in rng.permutation(members)[:size].tolist()]
     return drawn
+
+
+def frozen_rng(*seed: int) -> np.random.RandomState:
+    """A generator whose methods numpy keeps as they are; those of ``default_rng`` may change with its version."""
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
 
 
 def make_fold(train: PointDataset, test: PointDataset, way: int, shot: int, fold: int = 0, queries: int = 20,

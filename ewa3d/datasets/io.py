@@ -193,11 +193,13 @@ def read_h5(path: Path, *keys: str) -> list[np.ndarray]:
         for key in keys:
             if key not in file:
                 raise ValueError(f'{path}: has no key {key!r}, only {sorted(file)}')
-            if not hasattr(file[key], 'shape'):
-                raise ValueError(f'{path}: {key!r} is a group, an array was expected')
         try:
-            return [file[key][()] for key in keys]
-        except OSError as error:
+            arrays = [file[key] for key in keys]
+            for key, array in zip(keys, arrays):
+                if getattr(array, 'shape', None) is None:
+                    raise ValueError(f'{path}: {key!r} is a group or holds nothing, an array was expected')
+            return [array[()] for array in arrays]
+        except (OSError, KeyError, MemoryError) as error:  # a link to nothing; a shape that no memory holds
             raise ValueError(f'{path}: cannot be read, perhaps cut off: {error}') from error
 
 

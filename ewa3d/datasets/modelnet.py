@@ -1,11 +1,13 @@
 """ModelNet10 and ModelNet40 in the layouts in which people have them."""
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
+from ewa3d.checks import check_integer
 from ewa3d.datasets.base import PointDataset, require_folder
 from ewa3d.datasets.cache import cached_clouds
 from ewa3d.datasets.h5 import check_range, read_data, read_labels
@@ -61,8 +63,9 @@ class ModelNet(PointDataset):
             raise ValueError(f'ModelNet: there is no layout {layout!r}; {nearest(layout, ("auto", *LAYOUTS))}')
         if split not in self.SPLITS:  # before the layout is looked for by it
             raise ValueError(f"ModelNet has the splits 'train' and 'test', got {split!r}")
-        if max_points < 1 or mesh_points < 1:
-            raise ValueError(f'ModelNet: max_points={max_points} and mesh_points={mesh_points} must be at least 1')
+        for name, value, least in (('max_points', max_points, 1), ('mesh_points', mesh_points, 1),
+                                   ('mesh_seed', mesh_seed, 0)):
+            check_integer(f'ModelNet: {name}', value, least)
         self.variant, self.normals, self.max_points = variant, bool(normals), max_points
         self.mesh_points, self.mesh_seed = mesh_points, mesh_seed
         root = require_folder(data_root or DEFAULT_ROOT[variant], f'ModelNet{variant}')
@@ -83,8 +86,6 @@ class ModelNet(PointDataset):
             settings.update(mesh_points=self.mesh_points, mesh_seed=self.mesh_seed)
         self._clouds = cached_clouds(self.cache_dir, f'modelnet{self.variant}_{self.split}', settings, files,
                                      self.data_root, read, len(items), self.max_points, self.layout == 'dat')
-        if len(self._clouds) != len(items):
-            raise ValueError(f'{self._what}: {len(items)} shapes are listed, {len(self._clouds)} were read')
         return [dict(name=name, label=label, row=row, fps_ordered=True) for row, (name, label) in enumerate(items)]
 
     def load_cloud(self, entry: dict) -> dict:
@@ -207,10 +208,19 @@ def find_h5(root: Path, line: str, listed: Path) -> Path:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a list that are not empty."""
+    """The lines of a list that are not empty, without the blanks around them.
+
+    Raises:
+        FileNotFoundError: there is no such list. ValueError: a line stands in it twice.
+    """
     if not file.is_file():
         raise FileNotFoundError(f'{file}: there is no such list')
-    return [line.strip() for line in file.read_text('utf-8', errors='replace').splitlines() if line.strip()]
+    lines = [line.strip() for line in file.read_text('utf-8-sig', errors='replace').splitlines() if line.strip()]
+    twice = [line for line, count in Counter(lines).items() if count > 1]
+    if twice:
+        raise ValueError(f'{file}: {len(twice)} of its lines stand there more than once, the first is '
+                         f'{twice[0][:100]!r}')
+    return lines
 
 
 def read_dat(file: Path) -> tuple[list[np.ndarray], list[int]]:

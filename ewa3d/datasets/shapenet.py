@@ -1,6 +1,7 @@
 """ShapeNet-55: what Point-BERT and Point-MAE pretrain on."""
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,7 +45,7 @@ class ShapeNet55(PointDataset):
 
     Raises:
         FileNotFoundError: a list, or clouds that it names (how many, and the first), are not there.
-        ValueError: a line of a list that is no ``{taxonomy}-{model}.npy``, such as a path.
+        ValueError: a line of a list that is no ``{taxonomy}-{model}.npy``, such as a path, or stands there twice.
     """
 
     METAINFO: ClassVar[dict] = dict(classes=tuple(SYNSETS.values()), up_axis='y')
@@ -73,6 +74,10 @@ class ShapeNet55(PointDataset):
             if missing:
                 raise FileNotFoundError(f'{listed} lists {len(names)} clouds, {len(missing)} of them are not there; '
                                         f'the first is {folder / missing[0]}')
+        twice = [name for name, count in Counter(entry['name'] for entry in data_list).items() if count > 1]
+        if twice:
+            raise ValueError(f'{self._what}: {len(twice)} of the clouds of train.txt are in test.txt as well, the '
+                             f'first is {twice[0]}')
         return data_list
 
     def _list_of(self, split: str) -> Path:

@@ -6,6 +6,7 @@ model = dict(
     data_preprocessor=dict(type='Preprocessor'),
     num_groups=64,
     group_size=32,
+    skip_origin=True,
     encoder_dim=256,
     num_tokens=8192,
     token_dim=256,
