@@ -4,4 +4,4 @@ _base_ = [
     '../_base_/runtime.py', '../_base_/models/point-bert_xs_cls.py', '../_base_/datasets/modelnet10-1k.py',
     '../_base_/schedules/adamw_cosine_xs.py'
 ]
-model = dict(pretrained='work_dirs/point-bert_xs_pt_modelnet10/epoch_50.pth')
+model = dict(pretrained='work_dirs/point-bert_xs_pt_modelnet10/epoch_30.pth')

@@ -7,6 +7,6 @@ _base_ = [
 model = dict(dvae=dict(pretrained='work_dirs/dvae_xs_modelnet10/epoch_30.pth'))
 optim_wrapper = dict(type='AutocastOptimWrapper', optimizer=dict(lr=1e-3))
 param_scheduler = dict(warmup=0.05)
-train_cfg = dict(max_epochs=50)
+train_cfg = dict(max_epochs=30)
 val_evaluator = test_evaluator = dict(type='TokenAccuracy')
 default_hooks = dict(svm=_base_.svm_hook)
