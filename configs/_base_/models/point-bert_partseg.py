@@ -5,7 +5,13 @@ model = dict(
     data_preprocessor=dict(type='Preprocessor'),
     backbone=dict(
         type='TokenEncoder',
-        tokenizer=dict(type='PointPatchEmbed', num_groups=128, group_size=32, embed_dim=384, encoder_dim=256),
+        tokenizer=dict(
+            type='PointPatchEmbed',
+            num_groups=128,
+            group_size=32,
+            embed_dim=384,
+            encoder_dim=256,
+            skip_origin=True),
         embed_dim=384,
         depth=12,
         num_heads=6,
