@@ -66,6 +66,9 @@ class _Options(DictAction):
                 self._parse_iterable(text.partition('=')[2])
             except (AssertionError, ValueError, IndexError):
                 raise ValueError(f'{option_string} {text}: the brackets or quotes of the value do not match') from None
+            except RecursionError:  # mmengine's parser, on 'dict(a=1)'
+                raise ValueError(f'{option_string} {text}: values are words, numbers, [lists] and (tuples); entries of '
+                                 f'a dict are set one by one: key.entry=value') from None
         super().__call__(parser, namespace, values, option_string)
 
 

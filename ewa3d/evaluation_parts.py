@@ -1,15 +1,17 @@
-"""Metrics of part segmentation: streaming counts, never lists of points."""
-from collections.abc import Mapping, Sequence
+"""Metrics of part segmentation: streaming counts, never lists of points; and voting on parts."""
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from ewa3d.evaluation_pretrain import SummedMetric
 from ewa3d.ops import interpolate
 from ewa3d.registry import METRICS
+from ewa3d.structures import Sample
 
-__all__ = ['PartIoU', 'predicted_parts', 'propagated_scores', 'shape_iou']
+__all__ = ['PartIoU', 'predicted_parts', 'propagated_scores', 'shape_iou', 'vote_parts']
 
 
 @METRICS.register_module()
@@ -27,8 +29,9 @@ class PartIoU(SummedMetric):
     occur; the log says where some do not (published code gives NaN there).
 
     Each sample has ``part_scores`` ``(N, num_parts)``, ``gt_parts`` ``(N,)`` and, where the category does not follow
-    from those, ``gt_label``; all points are ``all_points`` ``(M, 3)`` in the coordinates of the inputs and
-    ``gt_all_parts`` ``(M,)``: they are given the scores of the three nearest input points, by inverse distance.
+    from those, ``gt_label``; all points are ``all_points`` ``(M, 3)`` and ``gt_all_parts`` ``(M,)``, and ``rows``
+    ``(N,)`` says which of them the input was: they are given the scores of the three nearest of these, by inverse
+    distance, unless the sample has ``all_part_scores`` ``(M, num_parts)``.
 
     Args:
         parts: the part numbers of each category; by default the data set's ``metainfo['parts']``.
@@ -62,9 +65,8 @@ class PartIoU(SummedMetric):
 
     def process(self, data_batch: Mapping, data_samples: Sequence[Mapping]) -> None:
         """Count one batch."""
-        clouds = (data_batch or {}).get('inputs', {}).get('points')
-        for i, sample in enumerate(data_samples):
-            self.add(torch.cat([self._sampled(sample), self._all(sample, None if clouds is None else clouds[i])]))
+        for sample in data_samples:
+            self.add(torch.cat([self._sampled(sample), self._all(sample)]))
 
     def compute_metrics(self, results: tuple[Tensor, int]) -> dict[str, float]:
         """The metrics from sums of :meth:`counts_of`, for the given points and for all."""
@@ -108,10 +110,10 @@ class PartIoU(SummedMetric):
                              f'{key} has {int(wrong[0])}')
         return truth, label
 
-    def _scores(self, sample: Mapping) -> Tensor:
-        scores = self.field(sample, 'part_scores').cpu()
+    def _scores(self, sample: Mapping, key: str = 'part_scores') -> Tensor:
+        scores = self.field(sample, key).cpu()
         if scores.ndim != 2 or scores.shape[1] < self.num_parts:
-            raise ValueError(f'PartIoU: sample {_name(sample)}: part_scores must be (N, {self.num_parts}), got '
+            raise ValueError(f'PartIoU: sample {_name(sample)}: {key} must be (N, {self.num_parts}), got '
                              f'{tuple(scores.shape)}')
         if not bool(scores.isfinite().all()):
             raise ValueError(f'PartIoU: the scores of sample {_name(sample)} are not finite; the model has diverged or '
@@ -123,17 +125,24 @@ class PartIoU(SummedMetric):
         truth, label = self._truth(sample, 'gt_parts', len(scores))
         return self.counts_of(predicted_parts(scores, list(self.parts.values())[label]), truth, label)
 
-    def _all(self, sample: Mapping, cloud: Tensor | None) -> Tensor:
+    def _all(self, sample: Mapping) -> Tensor:
         if 'all_points' not in sample:
             return torch.zeros(self.size() // 2, dtype=torch.float64)
-        if cloud is None:
-            raise KeyError('PartIoU: all_points are given scores by those of the inputs, and the batch has no '
-                           "inputs['points']")
         points = self.field(sample, 'all_points').cpu()
         truth, label = self._truth(sample, 'gt_all_parts', len(points))
         ids = list(self.parts.values())[label]
-        scores = propagated_scores(self._scores(sample)[:, ids], cloud.cpu(), points)
+        if 'all_part_scores' in sample:
+            scores = self._scores(sample, 'all_part_scores')[:, ids]
+        else:
+            scores = propagated_scores(self._scores(sample)[:, ids], points[self._rows(sample, len(points))], points)
         return self.counts_of(torch.tensor(ids)[scores.argmax(1)], truth, label)
+
+    def _rows(self, sample: Mapping, num_points: int) -> Tensor:
+        rows, num_scores = self.field(sample, 'rows').cpu(), len(sample['part_scores'])
+        if rows.shape != (num_scores,) or not bool(((rows >= 0) & (rows < num_points)).all()):
+            raise ValueError(f'PartIoU: sample {_name(sample)}: rows must be {num_scores} of the {num_points} points, '
+                             f'got {tuple(rows.shape)}, up to {int(rows.max()) if rows.numel() else None}')
+        return rows
 
     def _metrics(self, sums: Tensor, suffix: str) -> dict[str, float]:
         names, width = list(self.parts), len(self.parts)
@@ -177,6 +186,40 @@ def shape_iou(predicted: Tensor, truth: Tensor, ids: Sequence[int]) -> float:
         union = int((there | found).sum())
         ious.append(int((there & found).sum()) / union if union else 1.)
     return sum(ious) / len(ious)
+
+
+@torch.no_grad()
+def vote_parts(model: nn.Module, loader: DataLoader, voting: Dataset, times: int) -> Iterator[list[Sample]]:
+    """The batches of ``loader``, their ``part_scores`` and ``all_part_scores`` being probabilities averaged over
+    ``times`` passes.
+
+    A pass draws points of each cloud and changes them as the pipeline of ``voting``, the same data set, says; its
+    probabilities are carried from there to all points of the cloud. Both pipelines have a ``KeepAll``. The model should
+    be in eval mode; pass ``i`` is epoch ``i`` of ``voting``.
+
+    Raises:
+        TypeError: a data set without epochs, of which every pass would be the same.
+        ValueError: a pipeline without ``KeepAll``.
+    """
+    if not hasattr(voting, 'set_epoch'):
+        raise TypeError(f'{type(voting).__name__} has no set_epoch: every pass of a vote would be the same')
+    for places, batch in zip(loader.batch_sampler, loader):
+        samples, totals = batch['data_samples'], [0.] * len(places)
+        for epoch in range(times):
+            voting.set_epoch(epoch)
+            drawn = model.data_preprocessor(loader.collate_fn([voting[place] for place in places]), False)
+            scores = model(drawn['inputs'], mode='tensor').cpu()
+            for i, (sample, part) in enumerate(zip(samples, drawn['data_samples'])):
+                for found, where in ((sample, 'test'), (part, 'vote')):
+                    if 'rows' not in found:
+                        raise ValueError(f'{_name(sample)}: voting on parts needs dict(type=\'KeepAll\') before '
+                                         f'Resample in the {where} pipeline')
+                points = sample.all_points
+                totals[i] = totals[i] + propagated_scores(scores[i], points[part.rows.cpu()], points)
+        for sample, total in zip(samples, totals):
+            sample.all_part_scores = total / times
+            sample.part_scores = sample.all_part_scores[sample.rows]
+        yield samples
 
 
 def _name(sample: Mapping) -> str:

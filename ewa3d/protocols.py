@@ -19,7 +19,8 @@ from ewa3d.checks import check_integer, check_number, some
 from ewa3d.engine.derive import dataset_cfgs
 from ewa3d.engine.hooks import unwrapped, walk_datasets
 from ewa3d.evaluation import is_of_one_class
-from ewa3d.registry import HOOKS
+from ewa3d.evaluation_parts import PartIoU, vote_parts
+from ewa3d.registry import DATASETS, HOOKS
 from ewa3d.structures import Sample
 
 __all__ = ['LinearSVMHook', 'VotingHook', 'extract_features', 'linear_svm', 'vote']
@@ -164,7 +165,8 @@ class VotingHook(Hook):
     """``OA_vote10``, ``mAcc_vote10``: the metrics of a test once more, of logits averaged over ``times`` passes.
 
     Each pass draws its points and its augmentation anew. The number of passes is fixed and voting is done once, from a
-    seed: published code repeats it and keeps the best repetition, which is biased upwards.
+    seed: published code repeats it and keeps the best repetition, which is biased upwards. Of part segmentation,
+    probabilities are averaged at all points of a cloud (see :func:`~ewa3d.evaluation_parts.vote_parts`).
 
     Args:
         times: number of passes.
@@ -187,9 +189,14 @@ class VotingHook(Hook):
         for dataset in dataset_cfgs(cfg):
             if not {'dataset', 'datasets'} & set(dataset):  # what wraps others has no pipeline
                 dataset.update(pipeline=self.pipeline, seed=seed)
-        loader = runner.build_dataloader(cfg, seed=seed)
-        runner.test_evaluator.process(data_samples=vote(runner.model, loader, self.times))
-        voted = runner.test_evaluator.evaluate(len(loader.dataset))
+        if any(isinstance(metric, PartIoU) for metric in runner.test_evaluator.metrics):
+            batches = vote_parts(unwrapped(runner.model), runner.test_dataloader, DATASETS.build(cfg['dataset']),
+                                 self.times)
+        else:
+            batches = [vote(runner.model, runner.build_dataloader(cfg, seed=seed), self.times)]
+        for samples in batches:
+            runner.test_evaluator.process(data_samples=samples)
+        voted = runner.test_evaluator.evaluate(len(runner.test_dataloader.dataset))
         metrics.update({f'{key}_vote{self.times}': value for key, value in voted.items() if not is_of_one_class(key)})
 
 

@@ -13,7 +13,9 @@ class Sample(BaseDataElement):
     Data fields, each present only where the task has it:
 
     * ``gt_label`` int64 ``()``; ``pred_label`` int64 ``()``; ``pred_scores`` float ``(num_classes,)``, probabilities;
-    * ``gt_parts`` int64 ``(N,)``, one label a point;
+    * ``gt_parts`` int64 ``(N,)``, one label a point; ``part_scores`` float ``(N, num_parts)``, log-probabilities, and
+      ``pred_parts`` int64 ``(N,)``; the cloud before points were drawn from it: ``all_points`` ``(M, 3)``,
+      ``gt_all_parts`` ``(M,)``, and which of them the points are, ``rows`` ``(N,)``;
     * ``pred_points`` float ``(M, 3)``, a reconstruction of the cloud; of a masked autoencoder also its two parts,
       ``visible_points`` and ``reconstructed_points``;
     * ``gt_tokens`` and ``pred_tokens`` int64 ``(G,)``, codes of patches; ``masked`` bool ``(G,)``.

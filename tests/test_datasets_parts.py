@@ -4,6 +4,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from ewa3d.datasets import ShapeNetPart, SyntheticShapes
 from ewa3d.datasets.parts import SHAPENET_PARTS
@@ -184,8 +185,8 @@ def test_all_points_are_kept_and_packed(make):
         assert inputs['points'].shape == (7, 3) and sample.gt_parts.shape == (7,)
         assert sample.gt_all_parts.tolist() == raw['parts'].tolist() and len(sample.all_points) == len(raw['points'])
         assert inputs['category'] == sample.gt_label == raw['label']
-        rows = [int((sample.all_points == point).all(1).nonzero()[0]) for point in inputs['points']]
-        assert sample.gt_all_parts[rows].tolist() == sample.gt_parts.tolist()
+        assert torch.equal(sample.all_points[sample.rows], inputs['points'])
+        assert torch.equal(sample.gt_all_parts[sample.rows], sample.gt_parts)
     assert set(Pack()(dict(points=np.zeros((2, 3)), label=1))['inputs']) == {'points'}
     for step, message in ((Pack(category=True), 'the sample has no label'), (KeepAll(), 'the sample has no parts')):
         with pytest.raises(ValueError, match=message):

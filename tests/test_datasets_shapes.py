@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ewa3d.datasets import SyntheticShapes
-from ewa3d.datasets.shapes import MAKERS, PARTS, make_shape
+from ewa3d.datasets.shapes import MAKERS, PARTS, make_shape, random_pose
 from ewa3d.datasets.solids import Solid
 
 REPO = Path(__file__).resolve().parents[1]
@@ -93,7 +93,7 @@ def test_arguments():
         error = TypeError if kwargs.get('data_seed') == 0.5 else ValueError
         with pytest.raises(error, match=next(iter(kwargs))):
             SyntheticShapes(**{'num_samples': 5, 'lazy_init': True, **kwargs})
-    for key, value in dict(hidden=2, outliers='a', noise=-1, tilt=float('nan'), unevenness=None).items():
+    for key, value in dict(hidden=2, outliers='a', noise=-1, tilt=float('nan'), unevenness=None, stretch=0).items():
         with pytest.raises(ValueError, match=f'{key} must be .* got {value!r}'):
             SyntheticShapes(5, shape_cfg={key: value})
     with pytest.raises(TypeError, match="'hiden'; did you mean 'hidden'"):
@@ -102,6 +102,28 @@ def test_arguments():
     assert all(np.isfinite(two[i]['points']).all() for i in range(130))
     with pytest.raises(TypeError, match='wobble'):
         SyntheticShapes(5, shape_cfg=dict(wobble=1))
+
+
+def test_ranges_of_pose_and_box():
+    draw = {name: [make_shape(3, 60, np.random.default_rng(seed), noise=0, outliers=0, hidden=0, **options)[0]
+                   for seed in range(40)] for name, options in (
+        ('default', {}), ('the same', dict(least_tilt=0.0, tilt=35.0, stretch=0.5)),
+        ('upright', dict(tilt=0)), ('leaning', dict(tilt=50, least_tilt=50)), ('cube', dict(tilt=0, stretch=1)))}
+    for a, b in zip(draw['default'], draw['the same']):
+        np.testing.assert_array_equal(a, b)
+    # legs end on a floor: upright it is level
+    level = {name: np.mean([np.ptp(np.sort(x[:, 2])[:6]) for x in clouds]) for name, clouds in draw.items()}
+    assert level['leaning'] > 2 * level['upright']
+    sides = np.array([np.ptp(x[:, 2]) for x in draw['cube']])
+    assert sides.std() < 0.5 * np.std([np.ptp(x[:, 2]) for x in draw['upright']])
+
+
+@pytest.mark.parametrize('least', [0, 20, 35])
+def test_poses_lean_by_what_is_asked_for(least):
+    rng = np.random.default_rng(0)
+    leans = [np.rad2deg(np.arccos(random_pose(rng, 35., least)[2, 2])) for _ in range(200)]
+    assert least - 1e-4 <= min(leans) and max(leans) <= 35 + 1e-4
+    assert np.ptp(leans) >= 0.8 * (35 - least)
 
 
 def statistics(points):

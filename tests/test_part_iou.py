@@ -43,11 +43,11 @@ def sample(label, N=12, name='shape', **more):
                 part_scores=torch.randn(N, 6).log_softmax(-1), **more)
 
 
-def metric(meta=PARTS, batches=(), clouds=None, **options):
+def metric(meta=PARTS, batches=(), **options):
     found = METRICS.build(dict(type='PartIoU', **options))
     found.dataset_meta = dict(parts={name: tuple(ids) for name, ids in meta.items()}) if meta else {}
     for batch in batches:
-        found.process({} if clouds is None else dict(inputs=dict(points=clouds)), batch)
+        found.process({}, batch)
     return found
 
 
@@ -102,31 +102,38 @@ def test_streaming_keeps_counts_only():
     assert found.sums.numel() == found.size() == 4 * (3 + 6) and found.results == []
 
 
+def renamed(metrics):
+    return {key.replace('IoU/', 'IoU_all/') if '/' in key else key + '_all': value for key, value in metrics.items()}
+
+
 def test_all_points():
-    points, all_points = torch.randn(12, 3), torch.randn(40, 3)
+    all_points, rows = torch.randn(40, 3), torch.randperm(40)[:12]
     ids = torch.tensor(PARTS['lamp'])
-    shape = sample(1, all_points=all_points, gt_all_parts=ids[torch.randint(3, (40,))])
-    found = metric(batches=[[shape]], clouds=[torch.cat([points, torch.ones(12, 3)], 1)]).evaluate(1)
-    distance = torch.cdist(all_points.double(), points.double()).square()
+    shape = sample(1, all_points=all_points, gt_all_parts=ids[torch.randint(3, (40,))], rows=rows)
+    found = metric(batches=[[shape]]).evaluate(1)
+    distance = torch.cdist(all_points.double(), all_points[rows].double()).square()
     near = distance.topk(3, largest=False)
     weight = 1 / (near.values + 1e-8)
     scores = (shape['part_scores'].exp()[near.indices] * (weight / weight.sum(1, keepdim=True)).unsqueeze(-1)).sum(1)
-    torch.testing.assert_close(propagated_scores(shape['part_scores'], points, all_points), scores.float())
+    torch.testing.assert_close(propagated_scores(shape['part_scores'], all_points[rows], all_points), scores.float())
     expected = naive([dict(shape, scores=scores)], PARTS, ('scores', 'gt_all_parts'))
     assert {key: value for key, value in found.items() if '_all' not in key} == pytest.approx(naive([shape], PARTS))
-    renamed = {key.replace('IoU/', 'IoU_all/') if '/' in key else key + '_all': value for key, value in
-               expected.items()}
-    assert {key: value for key, value in found.items() if '_all' in key} == pytest.approx(renamed)
+    assert {key: value for key, value in found.items() if '_all' in key} == pytest.approx(renamed(expected))
+    voted = dict(shape, all_part_scores=torch.rand(40, 6))
+    expected = naive([voted], PARTS, ('all_part_scores', 'gt_all_parts'))
+    found = metric(batches=[[voted]]).evaluate(1)
+    assert {key: value for key, value in found.items() if '_all' in key} == pytest.approx(renamed(expected))
 
 
 def test_all_points_that_are_the_given_ones():
-    points = torch.randn(12, 3)
     shape = sample(0)
-    shape.update(all_points=points, gt_all_parts=shape['gt_parts'])
-    found = metric(batches=[[shape]], clouds=[points]).evaluate(1)
+    shape.update(all_points=torch.randn(12, 3), gt_all_parts=shape['gt_parts'], rows=torch.arange(12))
+    found = metric(batches=[[shape]]).evaluate(1)
     assert found['instance_mIoU_all'] == found['instance_mIoU'] and found['point_acc_all'] == found['point_acc']
-    with pytest.raises(KeyError, match=r"no inputs\['points'\]"):
-        metric(batches=[[shape]])
+    for rows, error in ((None, KeyError), (torch.arange(11), ValueError), (torch.arange(12) + 1, ValueError)):
+        wrong = {key: value for key, value in dict(shape, rows=rows).items() if value is not None}
+        with pytest.raises(error, match=r"'shape'.* rows|'shape' needs 'rows'"):
+            metric(batches=[[wrong]])
 
 
 def test_means_are_over_what_occurs():

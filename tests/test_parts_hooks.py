@@ -16,6 +16,9 @@ from torch import nn
 from ewa3d import cli
 from ewa3d.engine.checkpoint import read_checkpoint
 from ewa3d.engine.parts_hooks import BatchNormMomentumHook, PartPicturesHook
+from ewa3d.engine.runner import Runner
+from ewa3d.evaluation_parts import propagated_scores
+from ewa3d.registry import DATASETS, METRICS
 from ewa3d.viewer import SCRIPT, write_html
 from ewa3d.visualization import draw_clouds, palette, part_cells
 
@@ -82,6 +85,42 @@ def test_testing_reports_both_and_draws(trained, tmp_path, capsys):
     options = ['--cfg-options', 'default_hooks.pictures.type=PartPicturesHook']
     assert cli.main([*command, str(tmp_path / 'b'), *options]) == 0
     assert (tmp_path / 'b' / 'pictures' / 'parts.html').read_text().count('<canvas') == 9
+
+
+def test_voting_on_parts(trained, tmp_path, capsys):
+    config, work = trained
+    cfg = Config.fromfile(config)
+    steps = [*cfg.test_dataloader.dataset.pipeline]
+    command = ['test', str(config), str(work / 'epoch_1.pth'), '--work-dir', str(tmp_path), '--vote']
+    assert cli.main([*command, '2']) == 2  # as in training: there nothing is kept
+    assert "needs dict(type='KeepAll') before Resample in the vote pipeline" in capsys.readouterr().err
+    cfg.vote_pipeline = [*steps[:3], dict(type='RandomShift', shift=0.2), steps[3]]
+    cfg.dump(tmp_path / 'config.py')
+    command[1] = str(tmp_path / 'config.py')
+    assert cli.main([*command, '3']) == 0
+    found = json.loads((tmp_path / 'metrics.json').read_text())
+    assert 'instance_mIoU_all_vote3' in capsys.readouterr().out and 'IoU/mug_vote3' not in found
+
+    # the same, a shape and a pass at a time
+    runner = Runner.from_cfg(cfg)
+    runner.load_checkpoint(work / 'epoch_1.pth')
+    model, plain = runner.model.eval(), runner.test_dataloader.dataset
+    drawn = DATASETS.build(dict(cfg.test_dataloader.dataset, pipeline=cfg.vote_pipeline, seed=0))
+    judge = METRICS.build(dict(type='PartIoU'))
+    judge.dataset_meta = plain.metainfo
+    for i in range(len(plain)):
+        sample, scores = plain[i]['data_samples'], 0
+        for epoch in range(3):
+            drawn.set_epoch(epoch)
+            inputs, where = drawn[i]['inputs'], drawn[i]['data_samples'].rows
+            with torch.no_grad():
+                made = model(dict(points=inputs['points'][None], category=torch.tensor([int(inputs['category'])])))[0]
+            scores = scores + propagated_scores(made, sample.all_points[where], sample.all_points)
+        sample.all_part_scores, sample.part_scores = scores, scores[sample.rows]
+        judge.process({}, [sample.to_dict()])
+    for key, value in judge.evaluate(len(plain)).items():
+        if '/' not in key:
+            assert found[f'{key}_vote3'] == pytest.approx(value, abs=1e-3), key
 
 
 def test_fusing_a_trained_model(trained, tmp_path, capsys):

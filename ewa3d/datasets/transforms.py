@@ -18,7 +18,7 @@ __all__ = ['KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomS
            'RandomDrop', 'Pack']
 
 AXES = 'xyz'
-PER_POINT = ('points', 'parts')
+PER_POINT = ('points', 'parts', 'rows')
 
 
 def rng_of(results: dict) -> np.random.Generator:
@@ -172,14 +172,15 @@ def fps_from(results: dict, num: int, start: int) -> dict:
 @TRANSFORMS.register_module()
 class KeepAll:
     """Keep the points and their parts as they are now, for an evaluation on all points of a cloud: they become the
-    sample's ``all_points`` and ``gt_all_parts``, and transforms behind this one leave them alone. It belongs behind
-    ``Normalize`` and before ``Resample``.
+    sample's ``all_points`` and ``gt_all_parts``, and transforms behind this one leave them alone. ``rows`` tells which
+    of them the points of the input are. It belongs behind ``Normalize`` and before ``Resample``.
     """
 
     def __call__(self, results: dict) -> dict:
         if results.get('parts') is None:
             raise ValueError('KeepAll: the sample has no parts')
-        results.update(all_points=results['points'][:, :3], all_parts=results['parts'])
+        results.update(all_points=results['points'][:, :3], all_parts=results['parts'],
+                       rows=np.arange(len(results['points'])))
         return results
 
 
@@ -321,7 +322,7 @@ class Pack:
         sample = Sample(metainfo={key: results[key] for key in ('name', 'index') if key in results})
         if results.get('label') is not None:
             sample.gt_label = torch.tensor(int(results['label']))
-        for key, name in (('parts', 'gt_parts'), ('all_parts', 'gt_all_parts')):
+        for key, name in (('parts', 'gt_parts'), ('all_parts', 'gt_all_parts'), ('rows', 'rows')):
             if results.get(key) is not None:
                 setattr(sample, name, torch.from_numpy(np.array(results[key], dtype=np.int64)))
         if 'all_points' in results:

@@ -109,10 +109,13 @@ class _Propagation(nn.Module):
         if not isinstance(inputs, Mapping) or 'category' not in inputs:
             raise KeyError("the model is told the category of each cloud: inputs must be dict(points=…, "
                            "category=(B,)); in a pipeline, dict(type='Pack', category=True)")
-        category = torch.as_tensor(inputs['category'], device=points.device)
+        wanted = f'category must be one integer a cloud, ({len(points)},)'
+        try:
+            category = torch.as_tensor(inputs['category'], device=points.device)
+        except (TypeError, ValueError, RuntimeError) as error:  # None, names, ragged lists
+            raise TypeError(f'{wanted}, got {inputs["category"]!r}: {error}') from None
         if category.dtype not in INTEGERS or category.shape != points.shape[:1]:
-            raise ValueError(f'category must be one integer a cloud, ({len(points)},), got {category.dtype} of the '
-                             f'shape {tuple(category.shape)}')
+            raise ValueError(f'{wanted}, got {category.dtype} of the shape {tuple(category.shape)}')
         category = category.long()
         if category.device.type == 'cpu' and not torch.compiler.is_compiling() and len(category) and not \
                 0 <= int(category.min()) <= int(category.max()) < self.num_categories:

@@ -16,6 +16,14 @@ test_pipeline = [
     dict(type='Resample', num_points=2048, method='random'),
     dict(type='Pack'),
 ]
+vote_pipeline = [  # of test.py --vote
+    dict(type='Normalize'),
+    dict(type='KeepAll'),
+    dict(type='Resample', num_points=2048, method='random'),
+    dict(type='RandomScale', scale=(0.8, 1.25)),
+    dict(type='RandomShift', shift=0.1),
+    dict(type='Pack'),
+]
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,

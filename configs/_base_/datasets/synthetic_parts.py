@@ -11,6 +11,14 @@ test_pipeline = [
     dict(type='Resample', num_points=1024, method='random'),
     dict(type='Pack', category=True),
 ]
+vote_pipeline = [  # of test.py --vote
+    dict(type='Normalize'),
+    dict(type='KeepAll'),
+    dict(type='Resample', num_points=1024, method='random'),
+    dict(type='RandomScale', scale=(0.8, 1.25), per_axis=False),
+    dict(type='RandomShift', shift=0.1),
+    dict(type='Pack', category=True),
+]
 train_dataloader = dict(
     batch_size=16,
     num_workers=0,
