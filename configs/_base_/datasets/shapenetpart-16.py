@@ -1,4 +1,4 @@
-# Sixteen shapes of ShapeNetPart, one of each category, to be learned by heart: the same shapes are trained on and tested.
+# Sixteen shapes of ShapeNetPart, one of each category, to be learned by heart: the same are trained on and tested.
 train_pipeline = [
     dict(type='Normalize'),
     dict(type='Resample', num_points=2048, method='random'),
