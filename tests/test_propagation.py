@@ -182,7 +182,7 @@ def test_categories_that_cannot_be():
         given = dict(points=data['points']) if bad is None else dict(data, category=bad)
         with pytest.raises(error, match=message):
             model(given)
-    with pytest.raises(TypeError, match='one integer a cloud.* got None'):
+    with pytest.raises(TypeError, match=r'one integer a cloud.* got None'):
         model(dict(data, category=None))
     with pytest.raises(KeyError, match='told the category'):
         model(data['points'])
