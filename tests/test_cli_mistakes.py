@@ -86,6 +86,7 @@ def test_mistakes_in_train(trained, tmp_path, capsys):
      "an entry could be changed; write visualizer=dict(vis_backends=[dict(type='…')]) into the config"),
     ('model', '--cfg-options model: key=value was expected'),
     ('a.b=[1,2', '--cfg-options a.b=[1,2: the brackets'),
+    ('a.b=dict(c=1,d=2)', '--cfg-options a.b=dict(c=1,d=2): values are words, numbers, [lists] and (tuples)'),
 ])
 def test_wrong_keys_and_values_are_found_before_anything_is_built(trained, capsys, option, expected):
     assert expected in fails(capsys, 'train', str(trained / 'ewa.py'), '--print-config', '--cfg-options', option)

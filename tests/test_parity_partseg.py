@@ -116,9 +116,9 @@ def test_blocks_that_are_not_there(tmp_path):
         ewa3d.from_official('point-mae', tmp_path / 'ckpt.pth', num_part=50)
 
 
-@pytest.mark.parametrize('kind', ['point-mae', 'point-bert'])
-def test_a_model_of_ours_goes_to_the_official_code(tmp_path, kind):
-    torch.save(dict(model_state_dict=partseg(kind)), tmp_path / 'official.pth')
+@pytest.mark.parametrize('kind, depth', [('point-mae', 12), ('point-mae', 5), ('point-bert', 12), ('point-bert', 5)])
+def test_a_model_of_ours_goes_to_the_official_code(tmp_path, kind, depth):
+    torch.save(dict(model_state_dict=partseg(kind, depth=depth)), tmp_path / 'official.pth')
     report = convert_checkpoint(kind, tmp_path / 'official.pth', tmp_path / 'ours.pth')
     assert report.written and not report.missing and not report.unexpected
     back = convert_checkpoint(kind, tmp_path / 'ours.pth', tmp_path / 'back.pth', to_official=True)

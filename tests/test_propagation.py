@@ -176,10 +176,14 @@ def test_categories_that_cannot_be():
             (torch.tensor([0, 1, 3]), ValueError, r'outside of the 3 categories, 0 … 2: \[0, 1, 3\]'),
             (torch.tensor([0, -1, 2]), ValueError, 'outside of the 3 categories'),
             (torch.tensor([0, 1]), ValueError, r'one integer a cloud, \(3,\), got torch.int64 of the shape \(2,\)'),
-            (torch.zeros(3), ValueError, 'got torch.float32'), (torch.eye(3).long(), ValueError, r'shape \(3, 3\)')):
+            (torch.zeros(3), ValueError, 'got torch.float32'), (torch.eye(3).long(), ValueError, r'shape \(3, 3\)'),
+            (torch.tensor(1), ValueError, r'shape \(\)'), (torch.ones(3).bool(), ValueError, 'got torch.bool'),
+            ([None, 1, 2], TypeError, r'one integer a cloud, \(3,\), got \[None'), ('abc', TypeError, "got 'abc'")):
         given = dict(points=data['points']) if bad is None else dict(data, category=bad)
         with pytest.raises(error, match=message):
             model(given)
+    with pytest.raises(TypeError, match=r'one integer a cloud.* got None'):
+        model(dict(data, category=None))
     with pytest.raises(KeyError, match='told the category'):
         model(data['points'])
     assert model(dict(data, category=[0, 1, 2])).shape == (3, 20, 7)

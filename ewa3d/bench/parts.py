@@ -88,6 +88,7 @@ def _sum_of_squares(tensors) -> Tensor:
 
 
 def _model(size: dict, settings: Settings):
+    """The model of ``configs/_base_/models/point-mae_xs_partseg.py`` in this size, a batch and its labels."""
     from ewa3d.registry import MODELS
     from ewa3d.structures import Sample
     tokenizer = dict(type='PointPatchEmbed', num_groups=size['num_groups'], group_size=size['group_size'],
@@ -96,7 +97,7 @@ def _model(size: dict, settings: Settings):
                     num_heads=size['heads'], cls_token=False)
     third = size['depth'] // 3
     neck = dict(type='PointFeaturePropagation', out_indices=(third - 1, 2 * third - 1, 3 * third - 1),
-                hidden=size['dim'], out_dim=size['dim'], category_dim=16, num_categories=size['categories'])
+                hidden=2 * size['dim'], out_dim=size['dim'], category_dim=16, num_categories=size['categories'])
     head = dict(type='PartSegHead', num_parts=size['parts'], hidden=(size['dim'], 64), dropout=0.)
     model = MODELS.build(dict(type='TaskModel', backbone=backbone, neck=neck, head=head)).to(settings.device).train()
     inputs = dict(points=torch.randn(size['batch'], size['points'], 3, device=settings.device),

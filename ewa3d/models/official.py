@@ -60,6 +60,8 @@ def from_official(kind: str, path: str | Path, **sizes) -> nn.Module:
     config, _ = model_config(layout, rename(state, layout), str(path), sizes)
     try:
         model = MODELS.build(config)
+        if hasattr(getattr(model, 'neck', None), 'out_indices'):
+            model.backbone.block_numbers(model.neck.out_indices)
     except (ValueError, TypeError) as error:  # a size out of range
         raise type(error)(f'{path}: {error}') from None
     model.load_report = load_plain(model, state, name=str(path))

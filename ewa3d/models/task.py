@@ -37,8 +37,6 @@ class TaskModel(ExpandableModel):
                                  embed_dim=self.backbone.embed_dim, in_channels=getattr(tokenizer, 'in_channels', 3),
                                  skip_origin=getattr(tokenizer, 'skip_origin', False))
         width = self.backbone.embed_dim
-        if hasattr(self.neck, 'out_indices') and hasattr(self.backbone, 'block_numbers'):
-            self.backbone.block_numbers(self.neck.out_indices)  # raises where a block is not there
         if hasattr(self.neck, 'out_channels'):
             width = self.neck.out_channels(width)
         self.head = build_module(head, in_channels=width)
