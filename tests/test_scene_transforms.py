@@ -127,7 +127,8 @@ def test_transforms_of_single_clouds_do_not_leave_boxes_behind(name):
 
 @pytest.mark.parametrize('cfg, error, message', [
     (dict(type='SceneFlip', axes='z'), ValueError, "axes must be 'x', 'y' or 'xy', got 'z'"),
-    (dict(type='SceneFlip', p=2), ValueError, 'SceneFlip: p'), (dict(type='SceneScale', scale=(0, 1)), ValueError, 'sc'),
+    (dict(type='SceneFlip', p=2), ValueError, 'SceneFlip: p'),
+    (dict(type='SceneScale', scale=(0, 1)), ValueError, 'SceneScale: scale'),
     (dict(type='SceneRotate', degrees=(3, 2)), ValueError, 'degrees'),
     (dict(type='RandomCuboid', crop=(.5, 2)), ValueError, r'crop must lie in \(0, 1\]'),
     (dict(type='RandomCuboid', min_points=0), ValueError, 'min_points must be at least 1'),
