@@ -121,7 +121,7 @@ def test_ranges_of_pose_and_box():
 @pytest.mark.parametrize('least', [0, 20, 35])
 def test_poses_lean_by_what_is_asked_for(least):
     rng = np.random.default_rng(0)
-    leans = [np.rad2deg(np.arccos(random_pose(rng, 35., least)[2, 2])) for _ in range(200)]
+    leans = [np.rad2deg(np.arccos(random_pose(rng, (least, 35.))[2, 2])) for _ in range(200)]
     assert least - 1e-4 <= min(leans) and max(leans) <= 35 + 1e-4
     assert np.ptp(leans) >= 0.8 * (35 - least)
 

@@ -179,15 +179,16 @@ MAKERS = {f.__name__: f for f in (airplane, bottle, bucket, cabinet, car, chair,
 
 # Options of make_shape and what they may be.
 LIMITS = dict(noise=(0, 10), outliers=(0, 1), hidden=(0, 0.95), unevenness=(0, 10), tilt=(0, 180), least_tilt=(0, 180),
-              stretch=(0.01, 1))
+              turn=(0, 180), least_turn=(0, 180), stretch=(0.01, 1))
 
 
 def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: float = 0.012,
                outliers: float = 0.02, hidden: float = 0.2, unevenness: float = 1.3, tilt: float = 35.0,
-               least_tilt: float = 0.0, stretch: float = 0.5):
+               least_tilt: float = 0.0, turn: float = 180.0, least_turn: float = 0.0, stretch: float = 0.5):
     """One shape: built, stretched to a random box, turned, partly hidden, noisy, centred and scaled to radius 1.
 
-    It leans by ``least_tilt`` to ``tilt`` degrees; the sides of its box are ``stretch`` to 1.
+    It leans by ``least_tilt`` to ``tilt`` degrees in any direction and is turned about the up axis by ``least_turn`` to
+    ``turn``; the sides of its box are ``stretch`` to 1.
 
     Returns:
         points ``(num_points, 3)`` float32 in random order and the part of each, ``(num_points,)`` uint8, counted from
@@ -207,7 +208,7 @@ def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: flo
         direction = rng.standard_normal(3)
         seen = np.argpartition(points @ direction, num_points - 1)[:num_points]
         points, parts = points[seen], parts[seen]
-    points = points @ random_pose(rng, tilt, least_tilt).T
+    points = points @ random_pose(rng, (least_tilt, tilt), (least_turn, turn)).T
     points -= points.mean(0)
     points /= np.sqrt(np.einsum('ij,ij->i', points, points).max())
     points += noise * rng.standard_normal(points.shape)
@@ -218,11 +219,17 @@ def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: flo
     return points[order].astype(np.float32), parts[order].astype(np.uint8)
 
 
-def random_pose(rng: np.random.Generator, tilt: float, least: float = 0.0) -> np.ndarray:
-    """Any turn about the up axis, a lean of ``least`` to ``tilt`` degrees, and another turn."""
-    first, lean, last = 2 * np.pi * rng.random(), rng.uniform(-1, 1), 2 * np.pi * rng.random()
-    lean = np.deg2rad(tilt - least) * lean + np.copysign(np.deg2rad(least), lean)
-    return rotation(2, last) @ rotation(0, lean) @ rotation(2, first)
+def random_pose(rng: np.random.Generator, tilt: tuple[float, float], turn: tuple[float, float] = (0, 180)) -> np.ndarray:
+    """A lean in any direction and a turn about the up axis, each to either side by least to most degrees."""
+    direction, lean, turned = 2 * np.pi * rng.random(), _either_side(rng.uniform(-1, 1), *tilt), rng.random()
+    # after a lean in any direction, any last turn is any turn
+    last = 2 * np.pi * turned if turn == (0, 180) else _either_side(2 * turned - 1, *turn) - direction
+    return rotation(2, last) @ rotation(0, lean) @ rotation(2, direction)
+
+
+def _either_side(share: float, least: float, most: float) -> float:
+    """``share`` in [-1, 1] of the angles from least to most degrees, to either side."""
+    return np.deg2rad(most - least) * share + np.copysign(np.deg2rad(least), share)
 
 
 def check_shape_cfg(cfg: dict | None) -> dict:
@@ -253,7 +260,7 @@ class SyntheticShapes(PointDataset):
         in_memory: make all shapes once, at the start (for 1024 points 0.7 ms and 13 kB each); otherwise each one
             whenever it is asked for.
         shape_cfg: options of :func:`make_shape`: ``noise``, ``outliers``, ``hidden``, ``unevenness``, ``tilt``,
-            ``least_tilt``, ``stretch``.
+            ``least_tilt``, ``turn``, ``least_turn``, ``stretch``.
     """
 
     METAINFO: ClassVar[dict] = dict(classes=tuple(PARTS), up_axis='z', parts=PART_IDS, part_names=PART_NAMES)
