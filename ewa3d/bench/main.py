@@ -20,7 +20,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
     'pretrain': pretrain.cases,  # Point-MAE's pretraining step: naive, ours
     'parts': parts.cases,        # part segmentation: shares of a step, interpolation
     'layers': layers.cases,      # one FFN, forward and backward
-    'ops': ops.cases,            # point operators against portable torch forms
+    'ops': ops.cases,            # operators on points and boxes against portable forms
 }
 
 

@@ -1,10 +1,11 @@
-"""Point operators and attention against plain torch forms of the same thing."""
+"""Operators on points and boxes and attention against plain torch forms of the same thing."""
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from ewa3d.bench import boxes
 from ewa3d.bench.harness import DTYPES, Case, Settings
 
 __all__ = ['cases']
@@ -19,8 +20,8 @@ QUICK_CHAMFER, QUICK_POINTWISE = ((6, 8), (2, 600)), ((3, 4, 5, 6),)
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """FPS, kNN, and, forward and backward, Chamfer and linear maps of patches: in float32 whatever dtype. Attention,
-    forward and backward, by dtype."""
+    """FPS, kNN, boxes, and, forward and backward, Chamfer and linear maps of patches: in float32 whatever dtype.
+    Attention, forward and backward, by dtype."""
     from ewa3d import ops
     from ewa3d.layers.block import attend, pointwise
     for batch, points, samples in QUICK_FPS if settings.quick else FPS_SIZES:
@@ -45,6 +46,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield Case(f'pointwise {patches}×{points}, {channels}→{out}', {
             'linear': _trained(linear, shapes, 'fp32', settings),
             'ewa3d': _trained(pointwise, shapes, 'fp32', settings)})
+    yield from boxes.cases(settings)
     for dtype in settings.dtypes:
         for shape in QUICK_ATTENTION if settings.quick else ATTENTION_SIZES:
             yield Case(f'attention {"×".join(map(str, shape))}, {dtype}', {
