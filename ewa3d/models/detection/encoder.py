@@ -76,12 +76,18 @@ class SetEncoder(nn.Module):
 
     def located(self, inputs, out_indices: Sequence[int] = (-1,)) -> tuple[tuple[Tensor], Tensor]:
         """The features behind the last block, the only ones there are with one set of places, and the places."""
-        if tuple(out_indices) not in ((-1,), (len(self.blocks) - 1,)):
-            raise ValueError(f'out_indices={tuple(out_indices)}: this encoder gives the features of its last block '
-                             'alone, (-1,)')
+        self.block_numbers(out_indices)
         tokens = self.tokenizer(inputs)
         x, coord = self.encode(tokens.x, tokens.coord)
         return (x,), coord
+
+    def block_numbers(self, out_indices: Sequence[int]) -> list[int]:
+        """The last block's; ``ValueError`` for others."""
+        last = len(self.blocks) - 1
+        if tuple(out_indices) not in ((-1,), (last,)):
+            raise ValueError(f'out_indices={tuple(out_indices)}: this encoder gives the features of its last block '
+                             'alone, (-1,)')
+        return [last]
 
     def forward(self, inputs) -> Tensor:
         return self.located(inputs)[0][0]

@@ -184,7 +184,9 @@ class DETRHead(nn.Module):
         box, label = boxes[scenes, objects], labels[scenes, objects]  # (P, 7), (P,)
         of_match = {name: value.flatten(0, 1)[clouds, queries] for name, value in predicted.items()}  # (P, ...)
         low, high, weights = feats.low[scenes], feats.high[scenes], self.loss_weights
-        total = all_reduce(torch.tensor(float(sum(counts)), device=box.device), 'mean').clamp(min=1)
+        total = torch.tensor(float(sum(counts)), device=box.device)
+        all_reduce(total, 'mean')  # in place: as many as a process has on average
+        total = total.clamp(min=1)
 
         def per_layer(values: Tensor) -> Tensor:
             return values.new_zeros(D).index_add(0, layers, values) / total
