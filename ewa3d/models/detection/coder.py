@@ -58,11 +58,11 @@ class BoxCoder:
         """The bin (int64) of each heading, and the residual within it, in ``[-pi / bins, pi / bins)``."""
         shifted = (angle + self.bin / 2) % (2 * math.pi)
         chosen = (shifted / self.bin).long().clamp(max=self.num_angle_bins - 1)
-        return chosen, shifted - (chosen * self.bin + self.bin / 2)
+        return chosen, shifted - (chosen.to(angle.dtype) * self.bin + self.bin / 2)
 
     def decode_angle(self, chosen: Tensor, residual: Tensor) -> Tensor:
         """The heading of a bin and a residual; above pi it is wrapped once, as published."""
-        angle = self.bin * chosen + residual
+        angle = chosen.to(residual.dtype) * self.bin + residual
         return torch.where(angle > math.pi, angle - 2 * math.pi, angle)
 
 
