@@ -1,4 +1,5 @@
 """Metrics: streaming counts, never lists of points."""
+import re
 from collections.abc import Sequence
 
 import torch
@@ -11,12 +12,12 @@ from ewa3d.registry import METRICS
 
 __all__ = ['Accuracy', 'is_of_one_class']
 
-PER_CLASS = ('acc/', 'IoU/', 'IoU_all/')
+PER_CLASS = re.compile(r'(acc|IoU|IoU_all|A[PR]\d+)/')
 
 
 def is_of_one_class(key: str) -> bool:
     """Whether a metric is that of one class, ``acc/chair``: it goes into files and tables, not into summaries."""
-    return any(mark in key for mark in PER_CLASS)
+    return PER_CLASS.search(key) is not None
 
 
 @METRICS.register_module()

@@ -122,7 +122,8 @@ def _child(name: str, parent: _Registry, *locations: str, build_func=build_from_
 MODELS = _child('model', mmengine_registry.MODELS, 'layers', 'models', build_func=_build_model)
 DATASETS = _child('dataset', mmengine_registry.DATASETS, 'datasets')
 TRANSFORMS = _child('transform', mmengine_registry.TRANSFORMS, 'datasets')
-METRICS = _child('metric', mmengine_registry.METRICS, 'evaluation', 'evaluation_parts', 'evaluation_pretrain')
+METRICS = _child('metric', mmengine_registry.METRICS, 'evaluation', 'evaluation_boxes', 'evaluation_parts',
+                 'evaluation_pretrain')
 HOOKS = _child('hook', mmengine_registry.HOOKS, 'engine', 'protocols')
 PARAM_SCHEDULERS = _child('parameter scheduler', mmengine_registry.PARAM_SCHEDULERS, 'engine',
                           build_func=mmengine_registry.PARAM_SCHEDULERS.build_func)

@@ -7,7 +7,7 @@ import torch
 
 from ewa3d import ops
 from ewa3d.bench.boxes import area, clip_convex, iou_loop, overlap_plain, points_in_boxes_naive, rectangle
-from ewa3d.ops.boxes import box3d_intersection, box3d_volume, overlap_area
+from ewa3d.ops.boxes import _Pairs, box3d_intersection, box3d_volume, common_area, overlap_area
 
 PAIR = torch.tensor([[0., 0, 0, 1, 1, 1, 0]])
 
@@ -122,6 +122,17 @@ def test_iou_and_giou_are_those_of_clipped_polygons(spread):
                                rtol=0)
 
 
+@pytest.mark.parametrize('spread', [1., 5.])
+def test_all_pairs_at_once_and_near_pairs_alone_are_the_same(spread):
+    a, b = boxes_of(2, 6, spread=spread).requires_grad_(), boxes_of(2, 5, spread=spread).requires_grad_()
+    both = ((a[:, :, None, 2] - b[:, None, :, 2]).abs() < (a[:, :, None, 5] + b[:, None, :, 5]) / 2).double()
+    weight = both * torch.rand(2, 6, 5, dtype=torch.float64)  # along z
+    near, dense = _Pairs(a, b).area(), common_area(a.unsqueeze(2), b.unsqueeze(1))
+    torch.testing.assert_close(near * both, dense * both, atol=1e-14, rtol=0)
+    for ours, plain in zip(*(torch.autograd.grad((areas * weight).sum(), (a, b)) for areas in (near, dense))):
+        torch.testing.assert_close(ours, plain)
+
+
 def special(base):
     """Boxes in every relation to ``base``, from equal to empty."""
     x, y, z, dx, dy, dz, yaw = base.tolist()
@@ -222,8 +233,8 @@ def test_gradients_of_tiny_boxes_are_finite(size):
     (ops.box3d_iou, [.6, -.7, .2, 1, 1, 2, 0], [1., -1, .5, 2, 1, 1, .8])])
 def test_gradients_lead_to_the_target(function, start, target):
     box, target = torch.tensor([start], requires_grad=True), torch.tensor([target])
-    optimizer = torch.optim.Adam([box], lr=.05)
-    for _ in range(150):
+    optimizer = torch.optim.Adam([box], lr=.08)
+    for _ in range(100):
         optimizer.zero_grad()
         (-function(box, target)).sum().backward()
         optimizer.step()

@@ -4,7 +4,10 @@ from ewa3d.datasets.fewshot import FewShot
 from ewa3d.datasets.folder import FolderPointCloud
 from ewa3d.datasets.modelnet import ModelNet
 from ewa3d.datasets.parts import ShapeNetPart
+from ewa3d.datasets.rooms import SyntheticScenes
 from ewa3d.datasets.scanobjectnn import ScanObjectNN
+from ewa3d.datasets.scene_transforms import AddHeight, PackBoxes, RandomCuboid, SceneFlip, SceneRotate, SceneScale
+from ewa3d.datasets.scenes import FolderScenes, ScanNetDetection, SUNRGBDDetection
 from ewa3d.datasets.shapenet import ShapeNet55
 from ewa3d.datasets.shapes import SyntheticShapes
 from ewa3d.datasets.transforms import (
@@ -22,4 +25,5 @@ from ewa3d.datasets.transforms import (
 
 __all__ = ['PointDataset', 'FewShot', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55', 'ShapeNetPart',
            'SyntheticShapes', 'KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift',
-           'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack']
+           'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack', 'FolderScenes', 'ScanNetDetection', 'SUNRGBDDetection',
+           'SyntheticScenes', 'AddHeight', 'PackBoxes', 'RandomCuboid', 'SceneFlip', 'SceneRotate', 'SceneScale']

@@ -56,6 +56,12 @@ def linear_map(results: dict, matrix: np.ndarray) -> dict:
     return results
 
 
+def without_boxes(results: dict, instead: str) -> None:
+    """Raise where a transform would move the points and leave the boxes of a scene where they are."""
+    if results.get('boxes') is not None:
+        raise ValueError(f'the sample is a scene with boxes, which would stay where they are; {instead}')
+
+
 def span(name: str, value, within: str = '(-inf, inf)') -> tuple[float, float]:
     """``(first, last)`` of a range given as a pair, or ``(-v, v)`` of a number; both lie ``within`` an interval."""
     if is_number(value):
@@ -76,6 +82,7 @@ class Normalize:
     """
 
     def __call__(self, results: dict) -> dict:
+        without_boxes(results, 'models of scenes take metres')
         xyz = results['points'][:, :3]
         xyz = np.ldexp(xyz, -np.frexp(np.abs(xyz).max())[1])  # to about 1, exactly: squares must not leave the range
         xyz = xyz - xyz[0]  # near the origin a sum in single precision is exact enough
@@ -193,6 +200,7 @@ class UpAxis:
         self.to = to
 
     def __call__(self, results: dict) -> dict:
+        without_boxes(results, 'boxes stand upright along z')
         now = up_axis(results)
         if now == self.to:
             return results
@@ -220,6 +228,7 @@ class RandomScale:
         self.per_axis = per_axis
 
     def __call__(self, results: dict) -> dict:
+        without_boxes(results, 'SceneScale moves both')
         points = results['points']
         factor = rng_of(results).uniform(*self.scale, size=3 if self.per_axis else 1).astype(points.dtype)
         results = with_xyz(results, points[:, :3] * factor)
@@ -238,6 +247,7 @@ class RandomShift:
         self.shift = span('RandomShift: shift', shift)
 
     def __call__(self, results: dict) -> dict:
+        without_boxes(results, 'leave it out')
         points = results['points']
         offset = rng_of(results).uniform(*self.shift, size=3).astype(points.dtype)
         return with_xyz(results, points[:, :3] + offset)
@@ -258,6 +268,7 @@ class RandomRotate:
         self.degrees = span('RandomRotate: degrees', degrees)
 
     def __call__(self, results: dict) -> dict:
+        without_boxes(results, 'SceneRotate moves both')
         axis = AXES.index(up_axis(results) if self.axis == 'up' else self.axis)
         angle = np.deg2rad(rng_of(results).uniform(*self.degrees))
         return linear_map(results, rotation(axis, angle))

@@ -14,7 +14,7 @@ from ewa3d.checks import check_number
 __all__ = ['box3d_corners', 'box3d_giou', 'box3d_intersection', 'box3d_iou', 'box3d_volume', 'check_boxes', 'nms3d',
            'official_giou', 'points_in_boxes']
 
-CHUNK = 1 << 20  # pairs of a point and a box that are looked at together
+CHUNK = 1 << 17  # pairs of a point and a box that are looked at together
 # Signs of the corners: bottom face, then top face, each clockwise seen from above; 3DETR's order.
 SIGNS = ((1, 1, -1), (1, -1, -1), (-1, -1, -1), (-1, 1, -1), (1, 1, 1), (1, -1, 1), (-1, -1, 1), (-1, 1, 1))
 
@@ -95,7 +95,7 @@ def official_giou(a: Tensor, b: Tensor, rotated: bool) -> Tensor:
     """
     pairs = _Pairs(a, b)
     (low, high), (low_b, high_b) = (_opposite_corners(boxes) for boxes in (pairs.a, pairs.b))
-    offset = pairs.a[..., :2] - pairs.b[..., :2]
+    offset = pairs.offset[..., :2]
     width = (torch.minimum(high + offset, high_b) - torch.maximum(low + offset, low_b)).clamp(min=0)
     taken = width.prod(-1)
     area = torch.where(taken > 0, pairs.area(), 0) if rotated else taken
@@ -159,10 +159,9 @@ def nms3d(boxes: Tensor, scores: Tensor, threshold: float = 0.25, labels: Tensor
                              f'{tuple(values.shape)}')
     order = scores.detach().argsort(descending=True, stable=True)
     boxes = boxes.detach()[order]
-    half = torch.cat([_reach(boxes), boxes[:, 5:6].clamp(min=0) / 2], dim=-1)[:, :len(axes)]
+    half = torch.cat([_reach(boxes), _half(boxes)[:, 2:]], dim=-1)[:, :len(axes)]
     offset = (boxes[:, None] - boxes[None])[..., :len(axes)]
-    width = torch.minimum(offset + half[:, None], half) - torch.maximum(offset - half[:, None], -half)
-    overlap, size = width.clamp(min=0).prod(-1), (2 * half).prod(-1)
+    overlap, size = _overlap(offset, half[:, None], half).prod(-1), (2 * half).prod(-1)
     whole = size[:, None] + size - overlap if over == 'union' else size.expand_as(overlap)
     beaten = overlap > threshold * whole
     if labels is not None:
@@ -175,7 +174,7 @@ def nms3d(boxes: Tensor, scores: Tensor, threshold: float = 0.25, labels: Tensor
 
 
 class _Pairs:
-    """All pairs of two sets of boxes, in float32 at least; each quantity is computed once, relative to ``b``."""
+    """All pairs of two sets of boxes, in float32 at least, relative to ``b``; each quantity is computed once."""
 
     def __init__(self, a: Tensor, b: Tensor):
         check_boxes(a, 'the first boxes')
@@ -185,6 +184,8 @@ class _Pairs:
                              f'{tuple(b.shape)}')
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         self.a, self.b = a.to(dtype).unsqueeze(-2), b.to(dtype).unsqueeze(-3)  # (…, N, 1, 7) and (…, 1, M, 7)
+        self.offset = self.a[..., :3] - self.b[..., :3]
+        self.half = tuple(torch.cat([_reach(boxes), _half(boxes)[..., 2:]], dim=-1) for boxes in (self.a, self.b))
         self._intersection = None
 
     def iou(self) -> Tensor:
@@ -200,25 +201,33 @@ class _Pairs:
 
     def height(self) -> Tensor:
         """How much they overlap along z."""
-        return _overlap(self.a[..., 2] - self.b[..., 2], self._half(self.a, 5), self._half(self.b, 5))
-
-    def area(self) -> Tensor:
-        """The area in which they overlap, seen from above."""
-        (wa, ha), (wb, hb) = ((self._half(boxes, 3), self._half(boxes, 4)) for boxes in (self.a, self.b))
-        area = overlap_area(*_turned(self.a[..., :2] - self.b[..., :2], -self.b[..., 6]), wa, ha,
-                            self.a[..., 6] - self.b[..., 6], wb, hb)
-        return torch.minimum(area.clamp(min=0), torch.minimum(4 * wa * ha, 4 * wb * hb))  # rounding
+        return _overlap(self.offset, *self.half)[..., 2]
 
     def hull(self) -> Tensor:
         """The volume of the axis-aligned box around both."""
-        offset = self.a[..., :3] - self.b[..., :3]
-        half_a, half_b = (torch.cat([_reach(boxes), self._half(boxes, 5).unsqueeze(-1)], dim=-1) for boxes in
-                          (self.a, self.b))
-        return (torch.maximum(offset + half_a, half_b) - torch.minimum(offset - half_a, -half_b)).prod(-1)
+        a, b = self.half
+        return (torch.maximum(self.offset + a, b) - torch.minimum(self.offset - a, -b)).prod(-1)
 
-    @staticmethod
-    def _half(boxes: Tensor, i: int) -> Tensor:
-        return boxes[..., i].clamp(min=0) / 2
+    def area(self) -> Tensor:
+        """The area in which they overlap, seen from above. Most pairs are apart: a CPU looks at the others alone;
+        elsewhere that would wait for the device."""
+        if self.a.device.type != 'cpu':
+            return common_area(self.a, self.b)
+        with torch.no_grad():
+            near = (self.offset.abs() <= self.half[0] + self.half[1]).all(-1)
+            index = near.flatten().nonzero().flatten()
+        N, M = near.shape[-2:]
+        a = self.a.reshape(-1, 7).index_select(0, index // max(M, 1))
+        b = self.b.reshape(-1, 7).index_select(0, index // max(N * M, 1) * M + index % max(M, 1))
+        return a.new_zeros(near.numel()).index_copy(0, index, common_area(a, b)).view(near.shape)
+
+
+def common_area(a: Tensor, b: Tensor) -> Tensor:
+    """The area in which boxes ``(…, 7)`` overlap ``b``, broadcast, seen from above."""
+    (wa, ha), (wb, hb) = (_half(boxes)[..., :2].unbind(-1) for boxes in (a, b))
+    x, y = _turned(a[..., :2] - b[..., :2], -b[..., 6])
+    area = overlap_area(x, y, wa, ha, a[..., 6] - b[..., 6], wb, hb)
+    return torch.minimum(area.clamp(min=0), torch.minimum(4 * wa * ha, 4 * wb * hb))  # rounding
 
 
 def overlap_area(x: Tensor, y: Tensor, wa: Tensor, ha: Tensor, turn: Tensor, wb: Tensor, hb: Tensor) -> Tensor:
@@ -270,9 +279,13 @@ def _overlap(offset: Tensor, half_a: Tensor, half_b: Tensor) -> Tensor:
     return (torch.minimum(offset + half_a, half_b) - torch.maximum(offset - half_a, -half_b)).clamp(min=0)
 
 
+def _half(boxes: Tensor) -> Tensor:
+    return boxes[..., 3:6].clamp(min=0) / 2
+
+
 def _reach(boxes: Tensor) -> Tensor:
     """Half the size of the axis-aligned hull along x and y, ``(…, 2)``."""
-    half, cos, sin = boxes[..., 3:5].clamp(min=0) / 2, boxes[..., 6:].cos().abs(), boxes[..., 6:].sin().abs()
+    half, cos, sin = _half(boxes)[..., :2], boxes[..., 6:].cos().abs(), boxes[..., 6:].sin().abs()
     return half * cos + half.flip(-1) * sin
 
 

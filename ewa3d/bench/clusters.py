@@ -1,0 +1,55 @@
+"""What clustering alone finds in a scene: how hard synthetic rooms are. ``python -m ewa3d.bench.clusters``"""
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ewa3d.evaluation_boxes import BoxAP
+
+__all__ = ['cluster_boxes', 'evaluate', 'main']
+
+FLOOR, LARGEST = 0.08, 3.5  # metres: what is lower goes; what is longer is a wall
+
+
+def cluster_boxes(points: np.ndarray, eps: float, min_samples: int = 8) -> np.ndarray:
+    """Axis-aligned boxes around the clusters (DBSCAN) of what is left without the floor; ``(Q, 7)``."""
+    from sklearn.cluster import DBSCAN
+    floor = np.percentile(points[:, 2], 1)
+    points = points[points[:, 2] > floor + FLOOR, :3]
+    labels = DBSCAN(eps=eps, min_samples=min_samples).fit_predict(points)
+    boxes = []
+    for label in range(labels.max() + 1):
+        low, high = points[labels == label].min(0), points[labels == label].max(0)
+        low[2] = floor
+        if (high - low).max() < LARGEST:
+            boxes.append([*(low + high) / 2, *(high - low), 0])
+    return np.array(boxes, np.float32).reshape(-1, 7)
+
+
+def evaluate(scenes: Sequence[dict], eps: float) -> dict[str, float]:
+    """AP and AR of the clusters, as if all classes were one: the baseline need not name what it finds."""
+    metric = BoxAP(nms='none')
+    for scene in scenes:
+        boxes = torch.from_numpy(cluster_boxes(scene['points'], eps))
+        sample = dict(pred_boxes=boxes, pred_scores=torch.ones(len(boxes), 1), pred_objectness=torch.ones(len(boxes)),
+                      gt_boxes=torch.from_numpy(scene['boxes']), gt_labels=torch.zeros(len(scene['boxes'])))
+        metric.process(dict(inputs=dict(points=[torch.from_numpy(scene['points'])])), [sample])
+    return metric.evaluate(len(scenes))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description='AP of DBSCAN with axis-aligned boxes on SyntheticScenes.')
+    parser.add_argument('--scenes', type=int, default=200, help='of the validation split (default: %(default)s)')
+    parser.add_argument('--eps', type=float, nargs='+', default=[.08, .12, .16, .2, .3], help='metres')
+    args = parser.parse_args(argv)
+    from ewa3d.datasets.rooms import SyntheticScenes
+    scenes = list(SyntheticScenes(args.scenes, split='val'))
+    for eps in args.eps:
+        found = evaluate(scenes, eps)
+        print(f'eps {eps:.2f}: ' + '  '.join(f'{key} {found[key]:.1f}' for key in ('AP25', 'AP50', 'AR25', 'AR50')))
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
