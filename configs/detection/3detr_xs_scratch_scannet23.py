@@ -1,5 +1,5 @@
-# The CPU-sized detector on 17 scans of ScanNet, with boxes along the axes: can it learn them? 6 scans of other rooms are
-# reported as they are.
+# The CPU-sized detector on 17 scans of ScanNet, with boxes along the axes: can it learn them? What it finds in 6 scans
+# of other rooms is reported as it is.
 _base_ = [
     '../_base_/runtime.py',
     '../_base_/models/3detr_xs.py',

@@ -1,4 +1,4 @@
-# 23 scans of ScanNet v2 in VoteNet's layout, 17 for training and 6 of other rooms for validation, 8,192 points. There is
+# 23 scans of ScanNet v2 in VoteNet's layout: 17 for training, 6 of other rooms for validation; 8,192 points. There is
 # no other split: val is watched, and the last epoch is what is reported.
 train_pipeline = [
     dict(type='Resample', num_points=8192, method='random'),
