@@ -12,29 +12,33 @@ __all__ = ['cluster_boxes', 'evaluate', 'main']
 FLOOR, LARGEST = 0.08, 3.5  # metres: what is lower goes; what is longer is a wall
 
 
-def cluster_boxes(points: np.ndarray, eps: float, min_samples: int = 8) -> np.ndarray:
-    """Axis-aligned boxes around the clusters (DBSCAN) of what is left without the floor; ``(Q, 7)``."""
+def cluster_boxes(points: np.ndarray, eps: float, min_samples: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Axis-aligned boxes around the clusters (DBSCAN) of what is left without the floor, ``(Q, 7)``, and how many
+    points each has."""
     from sklearn.cluster import DBSCAN
     floor = np.percentile(points[:, 2], 1)
     points = points[points[:, 2] > floor + FLOOR, :3]
     labels = DBSCAN(eps=eps, min_samples=min_samples).fit_predict(points)
-    boxes = []
+    boxes, counts = [], []
     for label in range(labels.max() + 1):
         low, high = points[labels == label].min(0), points[labels == label].max(0)
         low[2] = floor
         if (high - low).max() < LARGEST:
             boxes.append([*(low + high) / 2, *(high - low), 0])
-    return np.array(boxes, np.float32).reshape(-1, 7)
+            counts.append((labels == label).sum())
+    return np.array(boxes, np.float32).reshape(-1, 7), np.array(counts, np.int64)
 
 
 def evaluate(scenes: Sequence[dict], eps: float) -> dict[str, float]:
-    """AP and AR of the clusters, as if all classes were one: the baseline need not name what it finds."""
-    metric = BoxAP(nms='none')
+    """AP and AR of the clusters, largest first, as if all classes were one: the baseline need not name what it
+    finds."""
+    metric = BoxAP(nms='none', threshold=0)
     for scene in scenes:
-        boxes = torch.from_numpy(cluster_boxes(scene['points'], eps))
-        sample = dict(pred_boxes=boxes, pred_scores=torch.ones(len(boxes), 1), pred_objectness=torch.ones(len(boxes)),
-                      gt_boxes=torch.from_numpy(scene['boxes']), gt_labels=torch.zeros(len(scene['boxes'])))
-        metric.process(dict(inputs=dict(points=[torch.from_numpy(scene['points'])])), [sample])
+        boxes, counts = map(torch.from_numpy, cluster_boxes(scene['points'], eps))
+        sample = dict(pred_boxes=boxes, pred_scores=torch.ones(len(boxes), 1),
+                      pred_objectness=counts / len(scene['points']), gt_boxes=torch.from_numpy(scene['boxes']),
+                      gt_labels=torch.zeros(len(scene['boxes'])))
+        metric.process(dict(inputs=dict(points=[torch.tensor(scene['points'])])), [sample])
     return metric.evaluate(len(scenes))
 
 

@@ -6,6 +6,8 @@ with its height cut to ``[y, Y]`` and its ends to ``[x, X]``; around the closed 
 case is special: no vertices are sorted or dropped, so that touching, equal and empty boxes lose no accuracy, and all
 steps are elementwise over the pairs.
 """
+import functools
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def box3d_corners(boxes: Tensor) -> Tensor:
 
 def box3d_volume(boxes: Tensor) -> Tensor:
     """Volumes ``(…,)`` of boxes ``(…, 7)``; a negative size counts as 0."""
-    return boxes[..., 3:6].clamp(min=0).prod(-1)
+    return _product(boxes[..., 3:6].clamp(min=0))
 
 
 def box3d_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -97,9 +99,9 @@ def official_giou(a: Tensor, b: Tensor, rotated: bool) -> Tensor:
     (low, high), (low_b, high_b) = (_opposite_corners(boxes) for boxes in (pairs.a, pairs.b))
     offset = pairs.offset[..., :2]
     width = (torch.minimum(high + offset, high_b) - torch.maximum(low + offset, low_b)).clamp(min=0)
-    taken = width.prod(-1)
+    taken = _product(width)
     area = torch.where(taken > 0, pairs.area(), 0) if rotated else taken
-    volume_a, volume_b = (boxes[..., 3:6].abs().clamp(min=1e-3).prod(-1).clamp(min=1e-8) for boxes in
+    volume_a, volume_b = (_product(boxes[..., 3:6].abs().clamp(min=1e-3)).clamp(min=1e-8) for boxes in
                           (pairs.a, pairs.b))
     intersection, hull = area * pairs.height(), pairs.hull()
     union = (volume_a + volume_b - intersection).clamp(min=1e-8)
@@ -161,7 +163,7 @@ def nms3d(boxes: Tensor, scores: Tensor, threshold: float = 0.25, labels: Tensor
     boxes = boxes.detach()[order]
     half = torch.cat([_reach(boxes), _half(boxes)[:, 2:]], dim=-1)[:, :len(axes)]
     offset = (boxes[:, None] - boxes[None])[..., :len(axes)]
-    overlap, size = _overlap(offset, half[:, None], half).prod(-1), (2 * half).prod(-1)
+    overlap, size = _product(_overlap(offset, half[:, None], half)), _product(2 * half)
     whole = size[:, None] + size - overlap if over == 'union' else size.expand_as(overlap)
     beaten = overlap > threshold * whole
     if labels is not None:
@@ -206,7 +208,7 @@ class _Pairs:
     def hull(self) -> Tensor:
         """The volume of the axis-aligned box around both."""
         a, b = self.half
-        return (torch.maximum(self.offset + a, b) - torch.minimum(self.offset - a, -b)).prod(-1)
+        return _product(torch.maximum(self.offset + a, b) - torch.minimum(self.offset - a, -b))
 
     def area(self) -> Tensor:
         """The area in which they overlap, seen from above. Most pairs are apart: a CPU looks at the others alone;
@@ -293,6 +295,11 @@ def _opposite_corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Corners 2 and 0 relative to the centre, seen from above, ``(…, 2)``."""
     corner = torch.stack(_turned(boxes[..., 3:5] / 2, boxes[..., 6]), dim=-1)
     return -corner, corner
+
+
+def _product(values: Tensor) -> Tensor:
+    """Of the last axis; the gradient of ``prod`` looks for zeros."""
+    return functools.reduce(torch.mul, values.unbind(-1))
 
 
 def _positive(values: Tensor) -> Tensor:
