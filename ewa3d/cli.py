@@ -128,8 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default')
     command.set_defaults(command=fuse)
 
-    command = commands.add_parser('convert', parents=[common], help='official Point-MAE and Point-BERT weights to ours')
-    command.add_argument('kind', choices=['point-mae', 'point-bert', 'dvae'], help='point-bert takes its dVAE as well')
+    command = commands.add_parser('convert', parents=[common],
+                                  help='official Point-MAE, Point-BERT and 3DETR weights to ours')
+    command.add_argument('kind', choices=['point-mae', 'point-bert', 'dvae', '3detr'],
+                         help='point-bert takes its dVAE as well')
     command.add_argument('source', metavar='SRC')
     command.add_argument('out', metavar='OUT', help='*.pth or *.safetensors')
     command.add_argument('--to-official', action='store_true', help='the way back; experts are averaged')

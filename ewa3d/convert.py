@@ -1,4 +1,5 @@
 """Official checkpoints to files of ours, and back: the same tensors under other names and in other shapes."""
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from ewa3d.engine.checkpoint import SUFFIXES, check_target, read_checkpoint, sel
 from ewa3d.engine.plain import storable
 from ewa3d.files import atomic_write
 from ewa3d.layers.experts import expert_mean
-from ewa3d.models.official import KINDS, WrongModelError, check_kind, model_config, official_layout
+from ewa3d.models.official import KINDS, WrongModelError, any_heads, check_kind, model_config, official_layout
 from ewa3d.models.weights import LAYOUTS, layouts_of, rename, squeezed, stacked_keys, state_dict_of
 from ewa3d.registry import MODELS
 
@@ -25,7 +26,10 @@ _FIXED_PARTS = {'point_mae_partseg': dict(_PARTS, hidden=(512, 256), propagation
                 'point_bert_partseg': dict(_PARTS, hidden=(128,), graph_dim=512, fps_levels=(512, 256))}
 _FORMS = {'point_mae': 'mlp', 'point_bert': 'mlp_nobn'}
 # What the official models compute and weights do not show: where our config says something else, the file would lie.
-_FUNCTION = {'backbone.pos': 'every', 'backbone.norm_eps': 1e-5, 'neck.mode': 'cls+max'}
+_FUNCTION = {'backbone.pos': 'every', 'backbone.norm_eps': 1e-5, 'neck.mode': 'cls+max',
+             'backbone.mask_radius_compat': True}
+_FUNCTION_3DETR = {'backbone.tokenizer.radius': 0.2, 'backbone.tokenizer.num_neighbors': 64,
+                   'backbone.downsample.radius': 0.4, 'backbone.downsample.num_neighbors': 32}
 
 
 @dataclass
@@ -64,7 +68,7 @@ def convert_checkpoint(kind: str, source: str | Path, out: str | Path, to_offici
     the file is of, and its sizes, are read from the weights. Nothing is written where the file is of another model.
 
     Args:
-        kind: ``'point-mae'``, ``'point-bert'`` or ``'dvae'``; ``'point-bert'`` takes its dVAE as well.
+        kind: ``'point-mae'``, ``'point-bert'``, ``'dvae'`` or ``'3detr'``; ``'point-bert'`` takes its dVAE as well.
         source: the file to read.
         out: ``*.pth`` or ``*.safetensors``; ``*.pth`` for official files, which nothing else reads.
         weights: with ``to_official``: ``'default'``, ``'ema'`` or ``'raw'``, see
@@ -88,13 +92,17 @@ def convert_checkpoint(kind: str, source: str | Path, out: str | Path, to_offici
 
 
 def _from_official(kind: str, report: ConvertReport) -> None:
-    state = state_dict_of(report.source, str(report.source))
+    content = read_checkpoint(report.source)
+    state = state_dict_of(content, str(report.source))
     layout = official_layout(kind, state, str(report.source))
     state = _compare(report, layout, rename(state, layout))
     if not report.refused:
-        meta = dict(weights='raw', official=dict(kind=LAYOUTS[layout].kind, task=LAYOUTS[layout].task, layout=layout,
-                                                 source=report.source.name, sizes=report.sizes))
-        write_checkpoint(report.out, state, meta)
+        official = dict(kind=LAYOUTS[layout].kind, task=LAYOUTS[layout].task, layout=layout,
+                        source=report.source.name, sizes=report.sizes)
+        if layout == '3detr' and isinstance(content.get('args'), argparse.Namespace):  # what its weights do not tell
+            official['args'] = {key: value for key, value in vars(content['args']).items()
+                                if value is None or isinstance(value, (str, int, float))}
+        write_checkpoint(report.out, state, dict(weights='raw', official=official))
 
 
 def _to_official(kind: str, report: ConvertReport, weights: str) -> None:
@@ -109,6 +117,9 @@ def _to_official(kind: str, report: ConvertReport, weights: str) -> None:
         report.refused = report.refused or 'the official code loads strictly, and these are not exactly its tensors'
     if not report.refused:
         official = {LAYOUTS[layout].entry: storable(rename(state, layout, reverse=True), 'state_dict')}
+        stored = _part(content, 'meta', 'official', 'args')
+        if stored:
+            official['args'] = argparse.Namespace(**stored)
         atomic_write(report.out, lambda file: torch.save(official, file))
 
 
@@ -130,8 +141,7 @@ def _compare(report: ConvertReport, layout: str, state: dict[str, Tensor]) -> di
     Raises:
         ValueError: a tensor's shape is not that which the file's other tensors ask for.
     """
-    heads = {} if LAYOUTS[layout].task == 'tokenizer' else dict(num_heads=1)  # no weight depends on the number
-    config, report.sizes = model_config(layout, state, str(report.source), heads)
+    config, report.sizes = model_config(layout, state, str(report.source), any_heads(layout))
     report.what = f'{LAYOUTS[layout].kind} {LAYOUTS[layout].task}'
     own = MODELS.build(config).state_dict()
     state = squeezed(state, own)
@@ -159,9 +169,9 @@ def _tell_differences(report: ConvertReport, layout: str, meta: Mapping | None) 
         report.refused = f'the official part segmentation has {"a" if has_token else "no"} class token '\
                          f'(cls_token={has_token}), this model has it otherwise'
     model, tokenizer = (_part(meta, 'cfg', 'model', *rest) for rest in ((), ('backbone', 'tokenizer')))
-    for path, expected in _FUNCTION.items():
-        part, name = path.split('.')
-        value = _part(model, part).get(name, expected)
+    for path, expected in {**_FUNCTION, **(_FUNCTION_3DETR if layout == '3detr' else {})}.items():
+        *part, name = path.split('.')
+        value = _part(model, *part).get(name, expected)
         if value != expected:
             report.refused = f'the model was trained with {path}={value!r}, and the official code has {expected!r}'
     if model and not tokenizer.get('skip_origin', False):
@@ -170,12 +180,18 @@ def _tell_differences(report: ConvertReport, layout: str, meta: Mapping | None) 
     neck = _part(model, 'neck')
     sizes = {**report.sizes, **{key: tuple(neck[key]) for key in ('out_indices', 'fps_levels') if neck.get(key)}}
     fixed = {**_FIXED, **_FIXED_PARTS.get(layout, {}), 'propagation_hidden': 4 * sizes.get('embed_dim', 0)}
+    if layout == '3detr':
+        width = sizes['embed_dim']
+        fixed = dict(widths=(64, 128, width), downsample_widths=(256, 256, width) if sizes['downsample_widths'] else ())
     odd = [f'{key}={sizes[key]}' for key, value in fixed.items() if sizes.get(key, value) != value]
     if odd:
         report.notes.append(f'the official code fixes sizes, which have to be changed there: {", ".join(odd)}')
     told = {**tokenizer, **_part(model, 'backbone'), **model}
-    asked = [f'{key}={told[key]}' for key in ('num_heads', 'decoder_num_heads', 'num_groups', 'group_size')
-             if key in told]
+    if layout == '3detr':
+        told.update({key: neck[name] for key, name in (('decoder_num_heads', 'num_heads'),
+                                                       ('num_queries', 'num_queries')) if name in neck})
+    asked = [f'{key}={told[key]}' for key in ('num_heads', 'decoder_num_heads', 'num_groups', 'group_size',
+                                              'num_points', 'num_queries') if key in told]
     if asked:
         report.notes.append(f'the official config has to say: {", ".join(asked)}')
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ewa3d.bench import SUITES, Case, Settings, harness, main, measure, report
-from ewa3d.bench.ops import chamfer_cdist, fps_mask_assign, knn_cdist, knn_centred_product
+from ewa3d.bench.ops import ball_query_topk, chamfer_cdist, fps_mask_assign, knn_cdist, knn_centred_product
 from ewa3d.bench.parts import interpolate_gather
 from ewa3d.bench.pretrain import QUICK, NaivePointMAE, autoencoder
 from ewa3d.models.weights import rename
@@ -139,6 +139,7 @@ def test_portable_forms_compute_the_real_thing():
     assert torch.equal(by_cdist, index) and torch.equal(by_product, index)
     torch.testing.assert_close(distance.square(), squared)
     torch.testing.assert_close(product, squared)
+    assert torch.equal(ball_query_topk(points[:, :7], points, 1.1, 5), ops.ball_query(points[:, :7], points, 1.1, 5))
     torch.testing.assert_close(chamfer_cdist(query, points), ops.chamfer_distance(query, points))
     features = torch.randn(3, 50, 4, dtype=torch.float64)
     torch.testing.assert_close(interpolate_gather(query, points, features), ops.interpolate(query, points, features))

@@ -35,6 +35,14 @@ def points_of(cfg: Config) -> int:
     return [dataset.get('num_points'), *(t.num_points for t in dataset.pipeline if t.type == 'Resample')][-1]
 
 
+def make_smaller(detector: dict) -> None:
+    """Fewer tokens, neighbours and queries: the layers stay."""
+    detector.backbone.tokenizer.update(num_points=80, num_neighbors=8)
+    if detector.backbone.get('downsample'):
+        detector.backbone.downsample.update(num_points=40, num_neighbors=8)
+    detector.neck.update(num_queries=20)
+
+
 def test_there_are_configs():
     assert LEAVES and OVERLAYS
 
@@ -94,6 +102,9 @@ def test_builds_and_takes_one_step(path):
     fill_model(cfg.model, dict(classes=list('abcde'), parts={name: [i] for i, name in enumerate('abcde')}), 'toy')
     for part in (cfg.model, cfg.model.get('dvae', {})):
         part.pop('pretrained', None)  # another run's result
+    detects = cfg.model.get('head', {}).get('type') == 'DETRHead'
+    if detects:
+        make_smaller(cfg.model)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).train()
     assert any(True for _ in iter_experts(model)) == ('expand' in cfg.model)
@@ -105,9 +116,11 @@ def test_builds_and_takes_one_step(path):
         handle = attach_ewa(wrapper.optimizer, model, total_steps=2, start_step=1, **settings)
     trainable = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trainable]
-    points = points_of(cfg)
+    points = 300 if detects else points_of(cfg)
     batch = dict(inputs=dict(points=[torch.randn(points, 3) for _ in range(2)], category=torch.arange(2)),
-                 data_samples=[Sample(gt_label=torch.tensor(i), gt_parts=torch.arange(points) % 5) for i in range(2)])
+                 data_samples=[Sample(gt_label=torch.tensor(i), gt_parts=torch.arange(points) % 5,
+                                      gt_boxes=torch.rand(i + 1, 7) + 0.1, gt_labels=torch.arange(i + 1))
+                               for i in range(2)])
     losses = model.train_step(batch, wrapper)
     assert torch.isfinite(losses['loss'])
     changed = [not torch.equal(a, b) for a, b in zip(before, trainable)]

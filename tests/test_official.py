@@ -199,13 +199,14 @@ def test_the_names_of_official_configs_will_do(official):
 def test_unknown_kinds(official):
     with pytest.raises(ValueError, match=r"'pointmae' is no kind.*did you mean 'point-mae'"):
         ewa3d.from_official('pointmae', official(classifier()))
-    with pytest.raises(ValueError, match='valid names: dvae, point-bert, point-mae'):
+    with pytest.raises(ValueError, match='valid names: 3detr, dvae, point-bert, point-mae'):
         ewa3d.from_official('xyz', 'not read')
 
 
 @pytest.mark.parametrize('kind', list(KINDS))
 def test_another_model_is_refused(official, kind):
-    others = {'point-mae': classifier(encoder=8), 'point-bert': classifier(), 'dvae': pretrain()}
+    others = {'point-mae': classifier(encoder=8), 'point-bert': classifier(), 'dvae': pretrain(),
+              '3detr': classifier()}
     with pytest.raises(WrongModelError, match=rf'ckpt\.pth holds .* weights, not .* of {kind}\. Expected keys .*found'):
         ewa3d.from_official(kind, official(others[kind]))
     both = {**pretrain(), **vit('transformer_q.', 8, 1), **linear('transformer_q.lm_head', 8, 4)}
@@ -301,7 +302,8 @@ def test_other_classes_are_refused(official, stored_class):
 def test_renaming_loses_nothing(layout, reference):
     name = {'point_mae': 'pointmae_cls', 'point_mae_pretrain': 'pointmae_pretrain', 'point_bert': 'pointbert_cls',
             'point_mae_partseg': 'pointmae_partseg', 'point_bert_partseg': 'pointbert_partseg',
-            'point_bert_pretrain': 'pointbert_mpm', 'dvae': 'pointbert_dvae'}[layout]
+            'point_bert_pretrain': 'pointbert_mpm', 'dvae': 'pointbert_dvae',
+            '3detr': 'threedetr_m_sunrgbd'}[layout]
     content = read_checkpoint(reference(name).path / 'checkpoint.pth')
     state = {key.removeprefix('module.'): value for key, value in content[LAYOUTS[layout].entry].items()}
     assert layouts_of(state) == [layout]

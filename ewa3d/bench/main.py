@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ewa3d.bench import layers, ops, parts, pretrain, step
+from ewa3d.bench import detection, layers, ops, parts, pretrain, step
 from ewa3d.bench.harness import DTYPES, Case, Row, Settings, measure, report, table
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.files import atomic_write
@@ -19,6 +19,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
     'step': step.cases,          # training steps: plain, EWA
     'pretrain': pretrain.cases,  # Point-MAE's pretraining step: naive, ours
     'parts': parts.cases,        # part segmentation: shares of a step, interpolation
+    'detection': detection.cases,  # 3DETR's forward pass: time and memory of the whole and its parts
     'layers': layers.cases,      # one FFN, forward and backward
     'ops': ops.cases,            # operators on points and boxes against portable forms
 }

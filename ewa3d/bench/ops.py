@@ -6,22 +6,26 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ewa3d.bench import boxes
+from ewa3d.bench.detection import room
 from ewa3d.bench.harness import DTYPES, Case, Settings
 
 __all__ = ['cases']
 
-FPS_SIZES = ((32, 1024, 64), (32, 2048, 128), (8, 8192, 512), (1, 100_000, 2048))  # batch, points, samples
+FPS_SIZES = ((32, 1024, 64), (32, 2048, 128), (8, 8192, 512), (1, 40_000, 2048),
+             (1, 100_000, 2048))  # batch, points, samples
 KNN_SIZES = ((32, 1024, 64, 32), (32, 2048, 128, 32), (8, 8192, 512, 32), (1, 100_000, 2048, 32))  # …, queries, k
+BALL_SIZES = ((1, 20_000, 2048, 0.2, 64), (1, 40_000, 2048, 0.2, 64), (1, 2048, 1024, 0.4, 32))  # …, radius, k
 CHAMFER_SIZES = ((1216, 32), (32, 1024), (32, 2048), (8, 8192))  # clouds or patches, points
 ATTENTION_SIZES = ((32, 6, 65, 64), (32, 6, 129, 64), (8, 6, 513, 64))  # batch, heads, tokens, channels of a head
 QUICK_FPS, QUICK_KNN, QUICK_ATTENTION = ((2, 64, 8),), ((2, 64, 8, 4),), ((2, 2, 5, 4),)
+QUICK_BALL = ((1, 90, 8, 1., 4),)
 POINTWISE_SIZES = ((1024, 32, 256, 512), (1024, 32, 512, 384))  # patches, points, channels in and out
 QUICK_CHAMFER, QUICK_POINTWISE = ((6, 8), (2, 600)), ((3, 4, 5, 6),)
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """FPS, kNN, boxes, and, forward and backward, Chamfer and linear maps of patches: in float32 whatever dtype.
-    Attention, forward and backward, by dtype."""
+    """FPS, kNN, ball query, boxes, and, forward and backward, Chamfer and linear maps of patches: in float32 whatever
+    dtype. Attention, forward and backward, by dtype."""
     from ewa3d import ops
     from ewa3d.layers.block import attend, pointwise
     for batch, points, samples in QUICK_FPS if settings.quick else FPS_SIZES:
@@ -36,6 +40,12 @@ def cases(settings: Settings) -> Iterator[Case]:
             'cdist + topk': _bound(knn_cdist, centres, cloud, k),
             'centred product + topk': _bound(knn_centred_product, centres, cloud, k),
             'ewa3d': _bound(ops.knn, centres, cloud, k)})
+    for batch, points, queries, radius, k in QUICK_BALL if settings.quick else BALL_SIZES:
+        cloud = room(points, settings).expand(batch, -1, -1)
+        centres = cloud[:, :queries].contiguous()
+        yield Case(f'ball query {batch}×{points}, {queries} queries, radius {radius}, k={k}', {
+            'all pairs + topk': _bound(ball_query_topk, centres, cloud, radius, k),
+            'ewa3d': _bound(ops.ball_query, centres, cloud, radius, k)}, memory=True)
     for count, points in QUICK_CHAMFER if settings.quick else CHAMFER_SIZES:
         shape = (count, points, 3)
         yield Case(f'chamfer {count}×{points}', {
@@ -86,6 +96,14 @@ def knn_centred_product(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, 
     squares = points.square().sum(-1)[:, None]  # (B, 1, N): |q|² shifts a whole row and cannot change its order
     near, index = torch.baddbmm(squares, query, points.transpose(1, 2), alpha=-2).topk(k, largest=False)
     return near + query.square().sum(-1, keepdim=True), index
+
+
+def ball_query_topk(query: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
+    """The first ``k`` points of each ball the way it is usually written: the smallest indices of those inside."""
+    outside = torch.cdist(query, points, compute_mode='donot_use_mm_for_euclid_dist') >= radius
+    index = torch.arange(points.shape[1], device=points.device).expand_as(outside)
+    found = index.masked_fill(outside, points.shape[1]).topk(k, largest=False)[0]
+    return torch.where(found < points.shape[1], found, found[..., :1])
 
 
 def chamfer_cdist(x: Tensor, y: Tensor) -> Tensor:

@@ -219,7 +219,8 @@ def make_shape(label: int, num_points: int, rng: np.random.Generator, noise: flo
     return points[order].astype(np.float32), parts[order].astype(np.uint8)
 
 
-def random_pose(rng: np.random.Generator, tilt: tuple[float, float], turn: tuple[float, float] = (0, 180)) -> np.ndarray:
+def random_pose(rng: np.random.Generator, tilt: tuple[float, float],
+                turn: tuple[float, float] = (0, 180)) -> np.ndarray:
     """A lean in any direction and a turn about the up axis, each to either side by least to most degrees."""
     direction, lean, turned = 2 * np.pi * rng.random(), _either_side(rng.uniform(-1, 1), *tilt), rng.random()
     # after a lean in any direction, any last turn is any turn

@@ -148,10 +148,15 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017) through ``scaled_dot_product_attention``.
+    """Multi-head attention (Vaswani et al. 2017) through ``scaled_dot_product_attention``: among the tokens of ``x``,
+    or, with a ``context``, of ``x`` to that. The three projections are one layer, ``qkv``, in either case.
+
+    ``pos`` is added to what queries (and, among the tokens of ``x``, keys) are made of, ``context_pos`` to what the
+    keys of a context are made of; values see neither (Carion et al. 2020).
 
     Shape:
-        - x ``(B, L, dim)``, kept; ``attn_mask`` as ``scaled_dot_product_attention`` takes it.
+        - x, pos ``(B, L, dim)``, kept; context, context_pos ``(B, S, dim)``; ``attn_mask`` as
+          ``scaled_dot_product_attention`` takes it.
 
     Raises:
         ValueError: ``dim`` is not a multiple of ``num_heads``.
@@ -176,16 +181,34 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.apply(init_vit)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, pos: Tensor | None = None,
+                context: Tensor | None = None, context_pos: Tensor | None = None) -> Tensor:
         B, L, C = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if pos is None and context is None:
+            q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q, k, v = self._separate(x, pos, *((x, pos) if context is None else (context, context_pos)))
         x = attend(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal,
                    dropout_p=self.attn_drop.p if self.training else 0.)  # (B, heads, L, head_dim)
         return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).reshape(B, L, C))))
 
+    def _separate(self, x: Tensor, pos: Tensor | None, source: Tensor, source_pos: Tensor | None) -> list[Tensor]:
+        """Queries, keys and values ``(B, heads, L or S, head_dim)`` of different inputs."""
+        inputs = (x if pos is None else x + pos, source if source_pos is None else source + source_pos, source)
+        return [self._part(i, value).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+                for i, value in enumerate(inputs)]
+
+    def _part(self, i: int, x: Tensor) -> Tensor:
+        """One third of ``qkv(x)``; of a plain linear layer, the others are not computed."""
+        if type(self.qkv) is not nn.Linear:
+            return self.qkv(x).chunk(3, -1)[i]
+        weight, bias = self.qkv.weight.chunk(3)[i], self.qkv.bias
+        return F.linear(x, weight, bias if bias is None else bias.chunk(3)[i])
+
 
 class Block(nn.Module):
-    """A pre-norm transformer block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
+    """A pre-norm transformer block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``; with ``cross``, between the two
+    ``x + cross(norm_cross(x), context)``, as in a decoder.
 
     The signature is that of timm's block, so this one fits into ``VisionTransformer(..., block_fn=Block)``, and timm's
     attentions and FFNs fit in here; weights of ViT, MAE, DINO, BEiT 3, Point-BERT, Point-MAE blocks load as they are.
@@ -194,20 +217,22 @@ class Block(nn.Module):
         scale_attn_norm, scale_mlp_norm: a norm before the last projection of the attention and of the FFN (BEiT 3).
         init_values: where given, both branches have a :class:`LayerScale`, ``ls1`` and ``ls2``.
         mlp_layer, attn_layer: called with timm's keywords.
+        cross: a slot for attention to other tokens, ``cross``; ``attn_layer`` must take a ``context`` then.
         depth: the block's number, for attention layers that ask for it.
 
     Shape:
-        - ``(B, L, dim)``, kept. Keywords go to the attention: ``attn_mask``, ``is_causal``.
+        - ``(B, L, dim)``, kept; context, context_pos ``(B, S, dim)``. Other keywords go to the attention among the
+          tokens: ``attn_mask``, ``is_causal``, and ``pos``, which goes to both.
 
     Raises:
-        TypeError, ValueError: a number out of range, or no number.
+        TypeError, ValueError: a number out of range, or no number; a context without ``cross``, or the other way round.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4., qkv_bias: bool = False, qk_norm: bool = False,
                  scale_attn_norm: bool = False, scale_mlp_norm: bool = False, proj_bias: bool = True,
                  proj_drop: float = 0., attn_drop: float = 0., init_values: float | None = None, drop_path: float = 0.,
                  act_layer=nn.GELU, norm_layer=nn.LayerNorm, mlp_layer=Mlp, attn_layer=Attention, depth: int = 0,
-                 device=None, dtype=None):
+                 cross: bool = False, device=None, dtype=None):
         super().__init__()
         check_number('mlp_ratio', mlp_ratio, '(0, inf)')
         factory = dict(device=device, dtype=dtype)
@@ -216,11 +241,17 @@ class Block(nn.Module):
         attn_options = dict(scale_norm=True) if scale_attn_norm else {}
         if 'depth' in inspect.signature(attn_layer).parameters:
             attn_options['depth'] = depth
-        self.attn = attn_layer(dim, num_heads=num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, proj_bias=proj_bias,
-                               attn_drop=attn_drop, proj_drop=proj_drop, norm_layer=norm_layer, **attn_options,
-                               **factory)
+        attn_options.update(num_heads=num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, proj_bias=proj_bias,
+                            attn_drop=attn_drop, proj_drop=proj_drop, norm_layer=norm_layer)
+        self.attn = attn_layer(dim, **attn_options, **factory)
         self.ls1 = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.cross = None
+        if cross:
+            self.norm_cross = norm_layer(dim, **factory)
+            self.cross = attn_layer(dim, **attn_options, **factory)
+            self.ls_cross = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
+            self.drop_path_cross = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = norm_layer(dim, **factory)
         self.mlp = mlp_layer(in_features=dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer,
                              norm_layer=norm_layer if scale_mlp_norm else None, bias=proj_bias, drop=proj_drop,
@@ -228,8 +259,16 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, **attn_options) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, context_pos: Tensor | None = None,
+                **attn_options) -> Tensor:
+        if (context is None) != (self.cross is None):
+            raise ValueError('this block attends to a context (cross=True), and none was given' if context is None else
+                             'a context was given to a block without a slot for it; build it with cross=True')
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attn_options)))
+        if context is not None:
+            attended = self.cross(self.norm_cross(x), context=context, context_pos=context_pos,
+                                  pos=attn_options.get('pos'))
+            x = x + self.drop_path_cross(self.ls_cross(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 

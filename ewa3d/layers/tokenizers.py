@@ -40,9 +40,9 @@ class PatchEncoder(nn.Module):
 
     def forward(self, patches: Tensor, keep: Tensor | None = None) -> Tensor:
         first, norm, activation, second = self.first_conv
-        x = second(_normed(first(patches), norm, activation))  # (P, K, middle)
+        x = second(normed(first(patches), norm, activation))  # (P, K, middle)
         _, norm, activation, last = self.second_conv
-        x = _normed(self._stage_two_input(x), norm, activation)  # (P, K, outer)
+        x = normed(self._stage_two_input(x), norm, activation)  # (P, K, outer)
         if keep is not None:  # behind the last batch statistics, which are those of all patches with and without it
             x = x.index_select(0, keep)
         return patch_max(last(x))
@@ -54,7 +54,7 @@ class PatchEncoder(nn.Module):
         return pointwise(x, of_point) + shared.unsqueeze(1)
 
 
-def _normed(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
+def normed(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
     """Norm and activation of the points of all patches: ``(P, K, C)``, kept."""
     return activation(norm(x.flatten(0, 1))).view(x.shape)  # the view comes last: one of them is in place
 

@@ -136,6 +136,11 @@ class TokenEncoder(TransformerStack):
             pos = torch.cat([self.cls_pos.expand(pos.shape[0], -1, -1).to(pos.dtype), pos], 1)
         return self.run(x, pos, out_indices, norm)
 
+    def located(self, inputs, out_indices: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """:meth:`encode`'s features of some blocks, and where the tokens behind the prefix are, ``(B, L, D)``."""
+        tokens = self.tokenize(inputs)
+        return self.encode(tokens.x, tokens.pos, out_indices), tokens.coord
+
     def forward(self, inputs, out_indices: Sequence[int] = ()):
         tokens = self.tokenize(inputs)
         return self.encode(tokens.x, tokens.pos, out_indices)

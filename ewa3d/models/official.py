@@ -3,6 +3,7 @@
 An entry of ``_TASKS`` says for one layout what the weights tell (``read``), what they cannot tell (``defaults``, those
 of the official configs) and the config of the model of these sizes.
 """
+import argparse
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, some
+from ewa3d.models.detection.official import DETR_DEFAULTS, detr_config, read_detr, stored_detr
 from ewa3d.models.dvae import FOLD
 from ewa3d.models.weights import LAYOUTS, layouts_of, load_plain, rename, state_dict_of
 from ewa3d.registry import MODELS, nearest
@@ -18,10 +20,14 @@ from ewa3d.registry import MODELS, nearest
 __all__ = ['KINDS', 'WrongModelError', 'check_kind', 'from_official', 'model_config', 'official_layout']
 
 KINDS = {kind: [name for name, layout in LAYOUTS.items() if layout.kind in (kind, *more)]
-         for kind, more in {'point-mae': (), 'point-bert': ('dvae',), 'dvae': ()}.items()}
+         for kind, more in {'point-mae': (), 'point-bert': ('dvae',), 'dvae': (), '3detr': ()}.items()}
 _FORMS = {(0, 1, 4, 5, 8): 'mlp', (0, 3): 'mlp_nobn', (0,): 'linear'}
 # What the official configs call our sizes.
-_OFFICIAL_NAMES = dict(num_group=('num_groups',), trans_dim=('embed_dim',), encoder_dims=('encoder_dim',),
+_OFFICIAL_NAMES = dict(preenc_npoints=('num_points',), nqueries=('num_queries',), enc_nhead=('num_heads',),
+                       dec_nhead=('decoder_num_heads',), enc_dropout=('proj_drop',), dec_dropout=('decoder_proj_drop',),
+                       mlp_dropout=('head_dropout',), enc_activation=('act_layer',), enc_dim=('embed_dim',),
+                       dec_dim=('decoder_dim',), enc_nlayers=('depth',), dec_nlayers=('decoder_depth',),
+                       num_group=('num_groups',), trans_dim=('embed_dim',), encoder_dims=('encoder_dim',),
                        cls_dim=('num_classes', 'num_parts'), tokens_dims=('token_dim',), decoder_dims=('decoder_dim',),
                        m=('key_momentum',), T=('temperature',), K=('queue_size',), num_part=('num_parts',),
                        fetch_idx=('out_indices',))
@@ -34,12 +40,15 @@ class WrongModelError(ValueError):
 def from_official(kind: str, path: str | Path, **sizes) -> nn.Module:
     """The model of an official checkpoint, with its weights, in eval mode.
 
-    Task, width, depth, classes and the like are read from the weights. The model samples centres by the rule of the
-    official kernel, takes points as they are given (official pipelines normalise before), and its ``backbone`` is a
-    :class:`~ewa3d.models.backbone.TokenEncoder`, which :func:`ewa3d.expand` works on.
+    Task, width, depth, classes and the like are read from the weights, the rest from the arguments that the file
+    stores, if it does. The model samples centres by the rule of the official kernel, takes points as they are given
+    (official pipelines normalise before), and its ``backbone``, which :func:`ewa3d.expand` works on, is a
+    :class:`~ewa3d.models.backbone.TokenEncoder` or, of 3DETR, a
+    :class:`~ewa3d.models.detection.encoder.SetEncoder`.
 
     Args:
-        kind: ``'point-mae'``, ``'point-bert'`` or ``'dvae'`` (Point-BERT's tokenizer).
+        kind: ``'point-mae'``, ``'point-bert'``, ``'dvae'`` (Point-BERT's tokenizer) or ``'3detr'``, which
+            :func:`~ewa3d.models.detection.official.read_detr` tells more about.
         path: a file of the project; nothing in it is executed.
         **sizes: what weights cannot tell, with the official defaults: ``num_heads=6``, ``num_groups=64``,
             ``group_size=32``; for part segmentation ``num_groups=128``, ``out_indices=(3, 7, 11)`` and Point-BERT's
@@ -55,9 +64,11 @@ def from_official(kind: str, path: str | Path, **sizes) -> nn.Module:
     """
     path = Path(path)
     check_kind(kind)
-    state = state_dict_of(path, str(path))
+    from ewa3d.engine.checkpoint import read_checkpoint
+    content = read_checkpoint(path)
+    state = state_dict_of(content, str(path))
     layout = official_layout(kind, state, str(path))
-    config, _ = model_config(layout, rename(state, layout), str(path), sizes)
+    config, _ = model_config(layout, rename(state, layout), str(path), sizes, stored_sizes(layout, content, str(path)))
     try:
         model = MODELS.build(config)
         if hasattr(getattr(model, 'neck', None), 'out_indices'):
@@ -100,9 +111,25 @@ def _beginning(key: str) -> str:
     return '.'.join(key.split('.')[:2])
 
 
-def model_config(layout: str, state: Mapping[str, Tensor], name: str, given: Mapping | None = None
-                 ) -> tuple[dict, dict]:
+def stored_sizes(layout: str, content: Mapping, name: str) -> dict:
+    """What the arguments that a checkpoint stores tell of its model, beyond its weights."""
+    stored = content.get('args')
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    read = _TASKS[layout].stored
+    return read(stored, name) if read is not None and isinstance(stored, Mapping) else {}
+
+
+def any_heads(layout: str) -> dict[str, int]:
+    """Numbers of heads that divide every width: no weight depends on them."""
+    return {key: 1 for key in _TASKS[layout].defaults if key.endswith('num_heads')}
+
+
+def model_config(layout: str, state: Mapping[str, Tensor], name: str, given: Mapping | None = None,
+                 stored: Mapping | None = None) -> tuple[dict, dict]:
     """The config of the model that ``state``, with our keys, is of, and the sizes that were read from it.
+
+    Args:
+        given: sizes that somebody asked for. stored: defaults in place of the official ones.
 
     Raises:
         ValueError: weights that a size is read from are missing, a given size contradicts the weights, or heads do not
@@ -120,11 +147,12 @@ def model_config(layout: str, state: Mapping[str, Tensor], name: str, given: Map
             raise TypeError(f'{name}: the model has no size {key!r}; {nearest(key, known)}')
         if key in found and value != found[key]:
             raise ValueError(f'{name}: {key}={value!r} was given, and the weights have {key}={found[key]!r}')
-    sizes = {**task.defaults, **found, **given}
+    sizes = {**task.defaults, **(stored or {}), **found, **given}
     for key in [key for key in sizes if key.endswith('num_heads') and sizes[key] is not None]:
-        if sizes['embed_dim'] % check_integer(f'{name}: {key}', sizes[key], 1):
+        width = sizes.get('decoder_dim', sizes['embed_dim']) if key.startswith('decoder_') else sizes['embed_dim']
+        if width % check_integer(f'{name}: {key}', sizes[key], 1):
             raise ValueError(f'{name}: {key}={sizes[key]} does not divide the width of the weights, '
-                             f'{sizes["embed_dim"]}; give the {key} of the config that they were trained with')
+                             f'{width}; give the {key} of the config that they were trained with')
     try:
         return task.config(sizes), found
     except ValueError as error:
@@ -165,6 +193,12 @@ class _Reader:
                              f'{some(numbers)}')
         return len(numbers)
 
+    def mlp_ratio(self, key: str, width: int) -> float:
+        """What ``int(width * ratio)`` makes the hidden width of again, given an FFN's first weight."""
+        hidden = self.size(key, -2)
+        ratio = hidden / width
+        return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
     def there(self, key: str) -> str:
         """What the file calls it."""
         return next(iter(rename({key: Tensor()}, self.layout, reverse=True)), key)
@@ -178,17 +212,11 @@ def _read_backbone(read: _Reader) -> dict:
     tokenizer, width = 'backbone.tokenizer.', read.size('backbone.norm.weight')
     encoder = tokenizer + 'encoder.'
     return dict(embed_dim=width, depth=read.depth('backbone.blocks.'),
-                mlp_ratio=_ratio(read.size('backbone.blocks.0.mlp.fc1.weight', -2), width),
+                mlp_ratio=read.mlp_ratio('backbone.blocks.0.mlp.fc1.weight', width),
                 qkv_bias='backbone.blocks.0.attn.qkv.bias' in read, cls_token='backbone.cls_token' in read,
                 in_channels=read.size(f'{encoder}first_conv.0.weight', 1),
                 widths=_widths(read, encoder), encoder_dim=read.size(f'{encoder}second_conv.3.weight'),
                 reduce_dim=f'{tokenizer}reduce_dim.weight' in read, pos_dim=read.size(f'{tokenizer}pos_embed.0.weight'))
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """What ``int(width * ratio)`` makes ``hidden`` of again."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
 def _read_classifier(read: _Reader) -> dict:
@@ -231,9 +259,8 @@ def _read_dvae(read: _Reader, at: str = '') -> dict:
 
 def _read_mae_pretrain(read: _Reader) -> dict:
     backbone = _read_backbone(read)
-    hidden = read.size('decoder.blocks.0.mlp.fc1.weight', -2)
     return dict(backbone, decoder_depth=read.depth('decoder.blocks.'), group_size=_points(read, 'increase_dim.weight'),
-                decoder_mlp_ratio=_ratio(hidden, backbone['embed_dim']),
+                decoder_mlp_ratio=read.mlp_ratio('decoder.blocks.0.mlp.fc1.weight', backbone['embed_dim']),
                 decoder_pos_dim=read.size('decoder_pos_embed.0.weight'))
 
 
@@ -316,6 +343,7 @@ class _Task(NamedTuple):
     read: Callable[[_Reader], dict]
     defaults: dict
     config: Callable[[Mapping], dict]
+    stored: Callable[[Mapping, str], dict] | None = None
 
 
 _GROUPS = dict(num_heads=6, num_groups=64, group_size=32)
@@ -331,4 +359,5 @@ _TASKS = {'point_mae': _CLASSIFIER, 'point_bert': _CLASSIFIER,
               num_heads=6, num_groups=64, mask_ratio=(0.25, 0.45), mask_type='block', temperature=0.07,
               key_momentum=0.999), _bert_pretrain),
           'dvae': _Task(_read_dvae, dict(num_groups=64, temperature=1.),
-                        lambda sizes: dict(_dvae(sizes), temperature=sizes['temperature']))}
+                        lambda sizes: dict(_dvae(sizes), temperature=sizes['temperature'])),
+          '3detr': _Task(read_detr, DETR_DEFAULTS, detr_config, stored_detr)}

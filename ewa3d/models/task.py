@@ -43,13 +43,11 @@ class TaskModel(ExpandableModel):
         self.finish(pretrained, expand)
 
     def extract(self, points: Tensor | dict) -> Tensor:
-        """The head's input, of ``points`` ``(B, N, 3 + F)`` or of ``dict(points=...)``: pooled features, or those of
-        every point."""
+        """The head's input, of ``points`` ``(B, N, 3 + F)`` or of ``dict(points=...)``: pooled features, those of
+        every point, or those of object queries."""
         inputs = inputs_of(points)
         if hasattr(self.neck, 'out_indices'):
-            tokens = self.backbone.tokenize(inputs)
-            feats = self.backbone.encode(tokens.x, tokens.pos, self.neck.out_indices)
-            return self.neck(feats, tokens.coord, inputs)
+            return self.neck(*self.backbone.located(inputs, self.neck.out_indices), inputs)
         feats = self.backbone(inputs)
         return feats if self.neck is None else self.neck(feats)
 

@@ -17,8 +17,8 @@ __all__ = ['LAYOUTS', 'Layout', 'LoadReport', 'is_pretraining', 'layouts_of', 'l
 class Layout(NamedTuple):
     """How a project names and nests the weights of one kind of model.
 
-    ``renames`` are prefixes there and here. A state dict is of the layout where all of ``marks`` begin some key and
-    ``absent`` begins none (prefixes there, or such of ours that have none there).
+    ``renames`` are prefixes there and here, with ``*`` for a number. A state dict is of the layout where all of
+    ``marks`` begin some key and ``absent`` begins none (prefixes there, or such of ours that have none there).
     """
     kind: str
     task: str
@@ -43,6 +43,19 @@ _PARTS = (*_at('', 'backbone.', _ENCODER), *_at('', 'neck.', tuple((name, name) 
     'label_conv.', 'propagation_', 'dgcnn_pro_'))))
 _MAE_PARTS = (*_PARTS, ('convs1.', 'head.layers.0.'), ('bns1.', 'head.layers.1.'), ('convs2.', 'head.layers.4.'),
               ('bns2.', 'head.layers.5.'), ('convs3.', 'head.layers.7.'))
+_MLP_LAYERS = (('conv.', 'mlp_convs.*.'), ('bn.bn.', 'mlp_bns.*.'))
+_DETR_BLOCK = (('self_attn.in_proj_', 'attn.qkv.'), ('self_attn.out_proj.', 'attn.proj.'), ('norm1.', 'norm1.'),
+               ('linear1.', 'mlp.fc1.'), ('linear2.', 'mlp.fc2.'))
+_DETR = (*_at('pre_encoder.mlp_module.layer*.', 'backbone.tokenizer.', _MLP_LAYERS),
+         *_at('encoder.interim_downsampling.mlp_module.layer*.', 'backbone.downsample.', _MLP_LAYERS),
+         *_at('encoder.layers.*.', 'backbone.blocks.*.', (*_DETR_BLOCK, ('norm2.', 'norm2.'))),
+         ('encoder_to_decoder_projection.layers.', 'neck.project.'), ('pos_embedding.', 'neck.pos_embed.'),
+         ('query_projection.layers.', 'neck.query_embed.'),
+         *_at('decoder.layers.*.', 'neck.blocks.*.', (
+             *_DETR_BLOCK, ('multihead_attn.in_proj_', 'cross.qkv.'), ('multihead_attn.out_proj.', 'cross.proj.'),
+             ('norm2.', 'norm_cross.'), ('norm3.', 'norm2.'))), ('decoder.norm.', 'neck.norm.'),
+         *((f'mlp_heads.{name}_head.layers.', f'head.{name}_head.') for name in (
+             'sem_cls', 'center', 'size', 'angle_cls', 'angle_residual')))
 _BERT_PARTS = (*_PARTS, ('conv1.', 'head.layers.0.'), ('bn1.', 'head.layers.1.'), ('conv2.', 'head.layers.4.'))
 
 LAYOUTS: dict[str, Layout] = {
@@ -63,12 +76,17 @@ LAYOUTS: dict[str, Layout] = {
         'blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.', 'propagation_0.'), entry='model_state_dict'),
     'dvae': Layout('dvae', 'tokenizer', tuple((name, name) for name in (
         'encoder.', 'dgcnn_1.', 'codebook', 'dgcnn_2.', 'decoder.')), ('codebook', 'dgcnn_1.', 'dgcnn_2.')),
+    '3detr': Layout('3detr', 'detection', _DETR, (
+        'pre_encoder.mlp_module.layer0.conv.', 'encoder.layers.0.self_attn.in_proj_',
+        'decoder.layers.0.multihead_attn.in_proj_', 'mlp_heads.sem_cls_head.layers.'), entry='model'),
 }
 # 1×1 convolutions there are linear layers here: the number of dimensions of their weights there.
 _CONVOLUTIONS = ((r'encoder\.(first|second)_conv\.[03]', 3), (r'increase_dim\.0', 3),
                  (r'dgcnn_[12]\.(input_trans|layer5\.0)', 3), (r'dgcnn_[12]\.layer[1-4]\.0', 4),
                  (r'decoder\.final_conv\.[036]', 3), (r'label_conv\.0', 3), (r'propagation_[012]\.mlp_convs\.\d+', 3),
-                 (r'dgcnn_pro_[12]\.layer[12]\.0', 4), (r'convs?[123]', 3))
+                 (r'dgcnn_pro_[12]\.layer[12]\.0', 4), (r'convs?[123]', 3),
+                 (r'(pre_encoder|interim_downsampling)\.mlp_module\.layer\d+\.conv', 4),
+                 (r'(\w+_projection|mlp_heads\.\w+)\.layers\.\d+', 3))
 # What pretraining models have beside the backbone; of their checkpoints only that goes into a task model.
 _PRETRAINING = ('mask_token', 'decoder_pos_embed.', 'decoder.', 'increase_dim.', 'lm_head.', 'cls_head.', 'dvae.',
                 'momentum.', 'queue')
@@ -105,20 +123,28 @@ def rename(state: Mapping[str, Tensor], layout: str, reverse: bool = False) -> d
         raise KeyError(f'{layout!r} is no known weight layout; {nearest(layout, LAYOUTS)}')
     renamed = {}
     for key, value in state.items():
-        for there, here in LAYOUTS[layout].renames:
-            old, new = (here, there) if reverse else (there, here)
-            if key.startswith(old):
-                name = new + key[len(old):]
-                renamed[name] = _as_convolution(name, value) if reverse else value
-                break
-        else:
-            if not reverse:
-                renamed[key] = value
+        name = _renamed(key, LAYOUTS[layout].renames, reverse)
+        if name is not None:
+            renamed[name] = _as_convolution(name, value) if reverse else value
+        elif not reverse:
+            renamed[key] = value
     return renamed
 
 
+def _renamed(key: str, renames: tuple[tuple[str, str], ...], reverse: bool = False) -> str | None:
+    """``key`` with the first prefix that fits replaced, or ``None`` where none does."""
+    for there, here in renames:
+        old, new = (here, there) if reverse else (there, here)
+        if '*' not in old:
+            if key.startswith(old):
+                return new + key[len(old):]
+        elif found := re.match(re.escape(old).replace(r'\*', r'(\d+)'), key):
+            return new.replace('*', found[1]) + key[found.end():]
+    return None
+
+
 def _as_convolution(name: str, value: Tensor) -> Tensor:
-    for pattern, ndim in _CONVOLUTIONS:
+    for pattern, ndim in _CONVOLUTIONS if value.ndim > 1 else ():  # norms have numbers beside those of convolutions
         if re.search(rf'(^|\.){pattern}\.weight$', name):
             return value.reshape(*value.shape, *[1] * (ndim - value.ndim))
     return value
@@ -135,8 +161,7 @@ def squeezed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
 def layouts_of(state: Mapping, reverse: bool = False) -> list[str]:
     """The layouts that the keys of ``state`` are of; with ``reverse``, those that it can be renamed to."""
     def begins(mark: str, layout: Layout) -> bool:
-        mark = next((here + mark[len(there):] for there, here in layout.renames if mark.startswith(there)), mark) \
-            if reverse else mark
+        mark = (_renamed(mark, layout.renames) or mark) if reverse else mark
         return any(key.startswith(mark) for key in state)
     return [name for name, layout in LAYOUTS.items() if all(begins(mark, layout) for mark in layout.marks)
             and not any(begins(mark, layout) for mark in layout.absent)]
@@ -195,6 +220,8 @@ def num_outputs(checkpoint: Mapping) -> int | None:
     """The rows of the head's last layer in a checkpoint of ours or of a known project: how many classes it tells."""
     state = state_dict_of(checkpoint, 'the checkpoint')
     for weights in (state, *(rename(state, layout) for layout in layouts_of(state))):
+        if 'head.sem_cls_head.8.weight' in weights:  # a detector's, with one more output for "no object"
+            return int(weights['head.sem_cls_head.8.weight'].shape[0]) - 1
         layers = [key for key, value in weights.items() if key.startswith('head.') and value.ndim > 1]
         if layers:  # safetensors sorts names as text: layer 10 before layer 2
             last = sorted(layers, key=lambda key: [int(number) for number in re.findall(r'\d+', key)])[-1]
