@@ -9,7 +9,7 @@ from ewa3d.layers.block import Block, init_vit
 from ewa3d.registry import MODELS
 from ewa3d.structures import Tokens
 
-__all__ = ['TokenEncoder', 'TransformerStack']
+__all__ = ['TokenEncoder', 'TransformerStack', 'block_numbers']
 
 
 class TransformerStack(nn.Module):
@@ -62,17 +62,21 @@ class TransformerStack(nn.Module):
         return self.norm(x) if norm else x
 
     def block_numbers(self, out_indices: Sequence[int]) -> list[int]:
-        """The blocks ``out_indices``, counted from the first; ``ValueError`` where one is not there or twice."""
-        depth = len(self.blocks)
-        numbers = []
-        for i in out_indices:
-            if not isinstance(i, int) or not -depth <= i < depth:
-                raise ValueError(f'out_indices={tuple(out_indices)}: {i!r} is not one of the {depth} blocks '
-                                 f'({-depth} to {depth - 1})')
-            numbers.append(i % depth)
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f'out_indices={tuple(out_indices)} names a block twice')
-        return numbers
+        """See the function :func:`block_numbers`."""
+        return block_numbers(len(self.blocks), out_indices)
+
+
+def block_numbers(depth: int, out_indices: Sequence[int]) -> list[int]:
+    """The blocks ``out_indices`` of ``depth``, counted from 0; ``ValueError`` where one is not there or twice."""
+    numbers = []
+    for i in out_indices:
+        if not isinstance(i, int) or not -depth <= i < depth:
+            raise ValueError(f'out_indices={tuple(out_indices)}: {i!r} is not one of the {depth} blocks '
+                             f'({-depth} to {depth - 1})')
+        numbers.append(i % depth)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f'out_indices={tuple(out_indices)} names a block twice')
+    return numbers
 
 
 @MODELS.register_module()

@@ -55,7 +55,8 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
 def _without_pretrained(cfg):
     """``cfg`` without the weights that its parts would start from."""
     if isinstance(cfg, Mapping):
-        return {key: _without_pretrained(value) for key, value in cfg.items() if key != 'pretrained'}
+        return {key: _without_pretrained(value) for key, value in cfg.items()
+                if key not in ('pretrained', 'checkpoint')}
     return [_without_pretrained(value) for value in cfg] if isinstance(cfg, (list, tuple)) else cfg
 
 
@@ -91,7 +92,8 @@ def fill_from_checkpoint(cfg: MutableMapping, checkpoint: Mapping) -> None:
 
 def wanted_from_data(cfg: Mapping) -> list[tuple[str, str]]:
     """The parts of a model's config, and their keywords, that :func:`fill_model` fills in."""
-    known = (('head', 'num_classes'), ('head', 'parts'), ('neck', 'num_categories'))
+    known = (('head', 'num_classes'), ('head', 'parts'), ('neck', 'num_categories'),
+             ('data_preprocessor', 'num_classes'))
     return [(part, key) for part, key in known if key in _parameters(cfg.get(part))]
 
 
