@@ -271,8 +271,8 @@ def images_in(folder: Path) -> list[Path]:
     files = [f for f in present if f.suffix.lower() in EXTENSIONS]
     if not files:
         seen = dict(Counter(f.suffix for f in present))
-        raise ValueError(f'{folder}: an empty class folder; images {", ".join(sorted(EXTENSIONS))} were expected, there '
-                         f'are {seen or "none"}')
+        raise ValueError(f'{folder}: an empty class folder; images {", ".join(sorted(EXTENSIONS))} were expected, '
+                         f'there are {seen or "none"}')
     return files
 
 

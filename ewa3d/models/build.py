@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from ewa3d.models.task import TaskModel
 from ewa3d.models.weights import num_outputs
-from ewa3d.registry import MODELS
+from ewa3d.registry import MODELS, nearest
 
 __all__ = ['build', 'fill_from_checkpoint', 'fill_model', 'wanted_from_data']
 
@@ -65,11 +65,15 @@ def fill_model(cfg: MutableMapping, metainfo: Mapping, which: str) -> None:
     neck's ``num_categories``.
 
     Args:
-        metainfo: of the data set, with ``classes`` and, for part segmentation, ``parts``. which: its name in errors.
+        metainfo: of the data set, with ``classes`` and, for part segmentation, ``parts``; of a ``MixedDataset``,
+            ``sources`` with that of each. which: its name in errors.
 
     Raises:
-        ValueError: the config gives fewer classes than the data have.
+        ValueError: the config gives fewer classes than the data have, a task has no data, or data have no task.
     """
+    if cfg.get('tasks'):
+        _fill_tasks(cfg['tasks'], metainfo, which)
+        return
     classes = list(metainfo.get('classes') or [])
     for part, key in wanted_from_data(cfg):
         given = cfg[part].get(key)
@@ -81,6 +85,21 @@ def fill_model(cfg: MutableMapping, metainfo: Mapping, which: str) -> None:
                 raise ValueError(f'model.{part}.{key} is {given}, but the {which} data have {len(classes)} classes '
                                  f'({", ".join(map(str, classes[:5]))}, …); leave it out to take it from the data')
             cfg[part][key] = len(classes) if given is None else given
+
+
+def _fill_tasks(tasks: Mapping, metainfo: Mapping, which: str) -> None:
+    """:func:`fill_model` for every task, from the source that it learns from."""
+    sources = metainfo.get('sources')
+    wanted = {name: task.get('data') or name for name, task in tasks.items() if isinstance(task, MutableMapping)}
+    for name, data in wanted.items():
+        if sources is not None and data not in sources:
+            raise ValueError(f'model.tasks.{name} has no data: the {which} data have no source {data!r}; '
+                             f'{nearest(data, sources)}')
+        fill_model(tasks[name], metainfo if sources is None else sources[data], f'{which} ({data})')
+    unused = sorted(set(sources or ()) - set(wanted.values()))
+    if unused:
+        raise ValueError(f'no task of model.tasks learns from {unused[0]!r} of the {which} data; the tasks learn from '
+                         f'{", ".join(sorted(set(wanted.values())))}')
 
 
 def fill_from_checkpoint(cfg: MutableMapping, checkpoint: Mapping) -> None:

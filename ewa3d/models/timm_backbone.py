@@ -117,7 +117,8 @@ class TimmBackbone(nn.Module):
         from timm.models.vision_transformer import VisionTransformer
         if type(self.model) not in (VisionTransformer, VisionTransformerDistilled):
             raise NotImplementedError(f'{self.name} ({type(self.model).__name__}) has no {what}(): its blocks need '
-                                      'more than tokens (windows, rotary or relative positions); call the backbone itself')
+                                      'more than tokens (windows, rotary or relative positions); call the backbone '
+                                      'itself')
         return self.model
 
     def _intermediates(self, img: Tensor, out_indices: Sequence[int]) -> tuple[Tensor, ...]:
