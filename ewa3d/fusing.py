@@ -199,9 +199,9 @@ def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str
 def image_shape(backbone: Mapping) -> tuple[int, int, int] | None:
     """``(C, H, W)`` of the images that a backbone's config takes; ``None`` where it takes none."""
     if backbone.get('type') == 'TimmBackbone':
-        config = dict(_built(backbone, Path('the config')).model.pretrained_cfg)
-        size = backbone.get('img_size', config['input_size'][1:])
-        channels = backbone.get('in_chans', config['input_size'][0])
+        from timm.models import get_pretrained_cfg
+        channels, *size = getattr(get_pretrained_cfg(str(backbone.get('name'))), 'input_size', (3, 224, 224))
+        size, channels = backbone.get('img_size') or size, backbone.get('in_chans', channels)
     else:
         found = [v for _, v in _items({'': backbone}) if isinstance(v, Mapping) and v.get('type') == 'ImagePatchEmbed']
         if not found:
