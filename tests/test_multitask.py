@@ -8,12 +8,14 @@ from mixed_toys import mixed_config, mixed_model, on_cpu  # noqa: F401
 from test_resume import assert_same_run, train
 
 from ewa3d import expand, fuse
+from ewa3d.cli import _describe_data
 from ewa3d.engine.checkpoint import read_checkpoint
 from ewa3d.engine.runner import Runner
 from ewa3d.evaluation_tasks import TaskMetrics
 from ewa3d.layers.modality import ModalityNorm
 from ewa3d.models.build import fill_model
-from ewa3d.registry import MODELS
+from ewa3d.models.weights import load_plain
+from ewa3d.registry import DATASETS, MODELS
 from ewa3d.structures import Sample
 
 RULES = [dict(type='EWAFFN', at='backbone.blocks.*.mlp', num_experts=2)]
@@ -63,6 +65,20 @@ def test_norms_of_a_modality_start_from_plain_weights():
     target.load_state_dict(norm.state_dict(), strict=True)
     assert all(torch.equal(target[name].weight, norm.weight) for name in ('points', 'img'))
     target.load_state_dict(copy.deepcopy(target.state_dict()), strict=True)
+
+
+def test_plain_blocks_start_a_model_with_norms_of_each_modality():
+    source, target = build(), build(modality_norms=True)
+    torch.nn.init.normal_(source.backbone.blocks[1].norm2.weight)
+    report = load_plain(target, source.state_dict(), parts=['backbone.blocks', 'backbone.norm'])
+    for name in ('points', 'img'):
+        assert torch.equal(target.backbone.blocks[1].norm2[name].weight, source.backbone.blocks[1].norm2.weight)
+    assert 'backbone.norm.img.bias' in report.matched and 'backbone.cls_token.img' in report.missing
+
+
+def test_how_the_test_command_names_a_mixture():
+    data = DATASETS.build(mixed_config('')['test_dataloader']['dataset'])
+    assert _describe_data(None, data) == dict(dataset='clouds + images', split='test', points=None, samples=13)
 
 
 def test_one_expert_learns_from_both():

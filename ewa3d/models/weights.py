@@ -261,7 +261,19 @@ def _recognise(state: dict, own: dict) -> tuple[str, dict]:
     likely = layouts_of(state)
     candidates = {'ewa3d': state, **{layout: rename(state, layout) for layout in (*likely, *LAYOUTS)}}
     best = max(candidates, key=lambda layout: sum(key in own for key in candidates[layout]))
-    return best, squeezed(candidates[best], own)
+    return best, _for_each_modality(squeezed(candidates[best], own), own)
+
+
+def _for_each_modality(state: dict, own: dict) -> dict:
+    """A norm there for each of the norms that modalities have here: ``norm1.weight`` for ``norm1.img.weight``."""
+    state, used = dict(state), set()
+    for key in own:
+        *path, _, leaf = key.split('.') if key.count('.') > 1 else (key, '', '')
+        plain = '.'.join([*path, leaf])
+        if key not in state and plain in state and plain not in own and state[plain].shape == own[key].shape:
+            state[key] = state[plain]
+            used.add(plain)
+    return {key: value for key, value in state.items() if key not in used}
 
 
 def _without_pretraining(state: dict, own: dict) -> tuple[dict, list[str]]:
