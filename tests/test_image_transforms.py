@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from ewa3d.datasets.image_transforms import ImageTransforms, PackImage, drawing_from
 from ewa3d.datasets.images import Digits
+from ewa3d.datasets.repeated import RepeatedSampler
 from ewa3d.models.heads import ClsHead
 from ewa3d.models.mixing import ImagePreprocessor
 from ewa3d.structures import Sample
@@ -147,3 +148,37 @@ def test_soft_labels_in_the_loss():
     one, other = head.loss(feats, hard), head.loss(feats, soft)
     torch.testing.assert_close(one['loss_cls'], other['loss_cls'])
     assert one['acc'] == other['acc']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Repeated augmentation
+# ---------------------------------------------------------------------------------------------------------------------
+def test_repeated_augmentation():
+    data = Digits(indices=20, pipeline=[dict(type='ImageTransforms', transforms=STEPS), dict(type='PackImage')])
+    sampler = RepeatedSampler(data, repeats=3, seed=0)
+    drawn = list(sampler)
+    assert len(drawn) == len(sampler) == 20 and drawn == list(sampler)
+    assert [repeat for _, repeat in drawn[:6]] == [0, 1, 2, 0, 1, 2] and len({index for index, _ in drawn}) == 7
+    assert drawn[0][0] == drawn[2][0] != drawn[3][0]
+    first, second = data[drawn[0]]['inputs']['img'], data[drawn[1]]['inputs']['img']
+    assert not torch.equal(first, second) and torch.equal(first, data[drawn[0][0]]['inputs']['img'])
+    sampler.set_epoch(1)
+    assert list(sampler) != drawn
+
+
+def test_repetitions_go_to_different_ranks():
+    ranks = []
+    for rank in range(3):
+        sampler = RepeatedSampler(Digits(indices=20), repeats=3, seed=0)
+        sampler.rank, sampler.world_size = rank, 3
+        ranks.append(list(sampler))
+    assert [len(rank) for rank in ranks] == [6, 6, 6]
+    for place in zip(*ranks):
+        assert len({index for index, _ in place}) == 1 and {repeat for _, repeat in place} == {0, 1, 2}
+
+
+def test_wrong_repetitions():
+    with pytest.raises(ValueError, match='repeats must be at least 1'):
+        RepeatedSampler(Digits(indices=3), repeats=0)
+    with pytest.raises(TypeError, match=r'list has no method sample'):
+        RepeatedSampler([1, 2])

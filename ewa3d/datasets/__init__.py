@@ -7,6 +7,7 @@ from ewa3d.datasets.images import CIFAR10, CIFAR100, Digits, ImageDataset, Image
 from ewa3d.datasets.mixed import MixedBatches, MixedDataset, MixedSampler
 from ewa3d.datasets.modelnet import ModelNet
 from ewa3d.datasets.parts import ShapeNetPart
+from ewa3d.datasets.repeated import RepeatedSampler
 from ewa3d.datasets.scanobjectnn import ScanObjectNN
 from ewa3d.datasets.shapenet import ShapeNet55
 from ewa3d.datasets.shapes import SyntheticShapes
@@ -26,4 +27,5 @@ from ewa3d.datasets.transforms import (
 __all__ = ['PointDataset', 'FewShot', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55', 'ShapeNetPart',
            'SyntheticShapes', 'KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift',
            'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack', 'CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset',
-           'ImageFolder', 'ImageNet', 'ImageTransforms', 'PackImage', 'MixedBatches', 'MixedDataset', 'MixedSampler']
+           'ImageFolder', 'ImageNet', 'ImageTransforms', 'PackImage', 'MixedBatches', 'MixedDataset', 'MixedSampler',
+           'RepeatedSampler']

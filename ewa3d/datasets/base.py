@@ -150,8 +150,8 @@ class PointDataset(Dataset):
         self.full_init()
         return len(self._chosen)
 
-    def __getitem__(self, i: int) -> dict:
-        return self.sample(i)
+    def __getitem__(self, i: int | tuple[int, int]) -> dict:
+        return self.sample(*i) if isinstance(i, tuple) else self.sample(i)
 
     def sample(self, i: int, repeat: int = 0) -> dict:
         """Sample ``i``; where an epoch has it more than once, ``repeat`` tells the times apart and each is augmented

@@ -1,6 +1,5 @@
-# ImageNet-1k at 224 pixels, data/imagenet/{train,val}/n01440764/…, augmented as DeiT but for two things: torchvision's
-# RandAugment (magnitude 9) stands for timm's (rand-m9-mstd0.5-inc1), whose magnitudes are jittered, and every image
-# comes once an epoch where DeiT has each third image three times. Color jitter is off in both.
+# ImageNet-1k at 224 pixels, data/imagenet/{train,val}/n01440764/…, augmented as DeiT, each image three times. One thing
+# differs: torchvision's RandAugment (magnitude 9) stands for timm's (rand-m9-mstd0.5-inc1), which jitters magnitudes.
 mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 train_pipeline = [
     dict(
@@ -27,7 +26,7 @@ train_dataloader = dict(
     num_workers=10,
     persistent_workers=True,
     drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
+    sampler=dict(type='RepeatedSampler', repeats=3),
     dataset=dict(type='ImageNet', data_root='data/imagenet', split='train', pipeline=train_pipeline))
 val_dataloader = dict(
     batch_size=96,
