@@ -68,7 +68,8 @@ class ImageDataset(PointDataset):
         self.skipped: list[str] = []
         super().__init__(data_root, split, **kwargs)
 
-    def load_cloud(self, entry: dict) -> dict:
+    def load_image(self, entry: dict) -> dict:
+        """What an entry of the data list stands for: ``img`` ``(H, W, C)``."""
         if 'img' in entry:
             return {}
         if 'path' in entry:
@@ -99,7 +100,7 @@ class ImageDataset(PointDataset):
     def _start(self, index: int) -> dict:
         entry, name = self._data_list[index], self._name(index)
         try:
-            results = {**self._defaults(index), **entry, **self.load_cloud(entry)}
+            results = {**self._defaults(index), **entry, **self.load_image(entry)}
             img = check_image(results['img'], name).view()
         except KEPT_ERRORS as error:
             raise self._located(error, index) from error

@@ -75,7 +75,7 @@ class TimmBackbone(nn.Module):
         if out_indices:
             return self._intermediates(img, out_indices)
         x = self.model.forward_features(img)
-        return self.model.forward_head(x, pre_logits=True) if self.pooled else tokens_of(x, self.name)
+        return self.model.forward_head(x, pre_logits=True) if self.pooled else tokens_of(x, self.embed_dim, self.name)
 
     def tokenize(self, inputs: Mapping | Tensor) -> Tokens:
         """Patch tokens and their positions, without prefix tokens; plain ViTs only (see :meth:`encode`)."""
@@ -185,9 +185,9 @@ def create(name: str, kwargs: dict) -> nn.Module:
     return model
 
 
-def tokens_of(x: Tensor, name: str) -> Tensor:
-    """What ``forward_features`` gave, as ``(B, L, C)``; Swin's is ``(B, H, W, C)``."""
-    if not isinstance(x, Tensor) or x.ndim not in (3, 4):
+def tokens_of(x: Tensor, width: int, name: str) -> Tensor:
+    """What ``forward_features`` gave, as ``(B, L, width)``; Swin's is ``(B, H, W, width)``."""
+    if not isinstance(x, Tensor) or x.ndim not in (3, 4) or x.shape[-1] != width:
         raise ValueError(f'TimmBackbone: {name} gives no tokens (B, L, C), but '
                          f'{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}')
     return x.flatten(1, 2) if x.ndim == 4 else x
