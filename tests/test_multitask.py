@@ -238,6 +238,7 @@ def test_a_mixed_run_resumes_bit_for_bit(tmp_path):
     runner = train({**cfg, 'resume': True})
     assert_same_run(tmp_path / 'whole', tmp_path / 'a', 2)
     assert {'clouds/OA', 'images/OA'} <= set(runner.last_metrics)
+    assert runner.train_dataloader.batch_sampler.sampler.epoch == 1  # told by the hook: epochs differ
     cfg = mixed_config(tmp_path / 'b', **options)
     cfg['custom_hooks'] = [dict(type='CheckpointHook', interval=5, by_epoch=False)]
     train(cfg, stop_after=6, stop_in='after_train_iter')

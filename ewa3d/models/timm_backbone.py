@@ -171,9 +171,11 @@ def create(name: str, kwargs: dict) -> nn.Module:
     if not is_model(name.split('.')[0]):
         raise ValueError(f'TimmBackbone: timm {timm.__version__} has no model {name!r}; '
                          f'{nearest(name.split(".")[0], list_models())}')
-    if 'pretrained' in kwargs or 'num_classes' in kwargs:
-        raise TypeError('TimmBackbone takes no pretrained and no num_classes: weights are a local file (checkpoint=), '
-                        'and the classifier is the head of the model')
+    refused = sorted(kwargs.keys() & {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path',
+                                      'cache_dir', 'num_classes'})
+    if refused:
+        raise TypeError(f'TimmBackbone takes no {refused[0]}: weights are a local file (checkpoint=), and the classifier '
+                        'is the head of the model')
     try:
         model = timm.create_model(name.split('.')[0], pretrained=False, num_classes=0, **kwargs)
     except TypeError as error:
