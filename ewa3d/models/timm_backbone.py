@@ -174,7 +174,7 @@ def create(name: str, kwargs: dict) -> nn.Module:
     refused = sorted(kwargs.keys() & {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path',
                                       'cache_dir', 'num_classes'})
     if refused:
-        raise TypeError(f'TimmBackbone takes no {refused[0]}: weights are a local file (checkpoint=), and the classifier '
+        raise TypeError(f'TimmBackbone takes no {refused[0]}: weights are a local file (checkpoint=), the classifier '
                         'is the head of the model')
     try:
         model = timm.create_model(name.split('.')[0], pretrained=False, num_classes=0, **kwargs)
