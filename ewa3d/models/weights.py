@@ -61,11 +61,11 @@ LAYOUTS: dict[str, Layout] = {
         ('queue', 'queue')), ('transformer_q.blocks.blocks.', 'transformer_q.lm_head.')),
     'point_bert_partseg': Layout('point-bert', 'part-segmentation', _BERT_PARTS, (
         'blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.', 'propagation_0.'), entry='model_state_dict'),
-    'timm': Layout('timm', 'classifier', (('head.', 'head.layers.0.'), ('', 'backbone.')),
-                   ('patch_embed.proj.', 'blocks.0.attn.', 'blocks.0.mlp.'), ('backbone.',)),
     'dvae': Layout('dvae', 'tokenizer', tuple((name, name) for name in (
         'encoder.', 'dgcnn_1.', 'codebook', 'dgcnn_2.', 'decoder.')), ('codebook', 'dgcnn_1.', 'dgcnn_2.')),
 }
+# timm's models, whose names are those of our blocks: a classifier and the rest.
+_TIMM = (('head.', 'head.layers.0.'), ('', 'backbone.'))
 # 1×1 convolutions there are linear layers here: the number of dimensions of their weights there.
 _CONVOLUTIONS = ((r'encoder\.(first|second)_conv\.[03]', 3), (r'increase_dim\.0', 3),
                  (r'dgcnn_[12]\.(input_trans|layer5\.0)', 3), (r'dgcnn_[12]\.layer[1-4]\.0', 4),
@@ -259,9 +259,15 @@ def state_dict_of(source: str | Path | Mapping, name: str) -> dict[str, Tensor]:
 def _recognise(state: dict, own: dict) -> tuple[str, dict]:
     """The layout under which most keys are the model's, and the state as that layout's names and shapes are here."""
     likely = layouts_of(state)
-    candidates = {'ewa3d': state, **{layout: rename(state, layout) for layout in (*likely, *LAYOUTS)}}
+    candidates = {'ewa3d': state, **{layout: rename(state, layout) for layout in (*likely, *LAYOUTS)},
+                  'timm': {_begun_otherwise(key, _TIMM): value for key, value in state.items()}}
     best = max(candidates, key=lambda layout: sum(key in own for key in candidates[layout]))
     return best, _for_each_modality(squeezed(candidates[best], own), own)
+
+
+def _begun_otherwise(key: str, renames: tuple[tuple[str, str], ...]) -> str:
+    """``key`` with the first of the beginnings that it has replaced."""
+    return next((new + key[len(old):] for old, new in renames if key.startswith(old)), key)
 
 
 def _for_each_modality(state: dict, own: dict) -> dict:
