@@ -352,6 +352,8 @@ def _check_classes(meta: dict, runner, checkpoint: str) -> None:
 
 def _describe_data(cfg: Config, dataset) -> dict:
     from ewa3d.engine.derive import dataset_cfgs
+    if hasattr(dataset, 'names'):  # a mixture
+        return dict(dataset=' + '.join(dataset.names), split=dataset.split, points=None, samples=len(dataset))
     inner = dataset_cfgs(cfg.test_dataloader)[-1]
     points, samples = dataset[0]['inputs'].get('points'), len(dataset)
     kind = inner.get('type')

@@ -5,13 +5,15 @@ from ewa3d.models import (
     dvae,
     heads,
     masked,
+    mixing,
     necks,
     partseg,
     preprocessor,
     propagation,
     task,
+    timm_backbone,
     token_model,
 )
 
-__all__ = ['backbone', 'detection', 'dvae', 'heads', 'masked', 'necks', 'partseg', 'preprocessor', 'propagation',
-           'task', 'token_model']
+__all__ = ['backbone', 'detection', 'dvae', 'heads', 'masked', 'mixing', 'necks', 'partseg', 'preprocessor',
+           'propagation', 'task', 'timm_backbone', 'token_model']

@@ -1,6 +1,6 @@
 """Plain weights from elsewhere: rename tables as data, one loader, one report."""
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +80,8 @@ LAYOUTS: dict[str, Layout] = {
         'pre_encoder.mlp_module.layer0.conv.', 'encoder.layers.0.self_attn.in_proj_',
         'decoder.layers.0.multihead_attn.in_proj_', 'mlp_heads.sem_cls_head.layers.'), entry='model'),
 }
+# timm's models, whose names are those of our blocks: a classifier and the rest.
+_TIMM = (('head.', 'head.layers.0.'), ('', 'backbone.'))
 # 1×1 convolutions there are linear layers here: the number of dimensions of their weights there.
 _CONVOLUTIONS = ((r'encoder\.(first|second)_conv\.[03]', 3), (r'increase_dim\.0', 3),
                  (r'dgcnn_[12]\.(input_trans|layer5\.0)', 3), (r'dgcnn_[12]\.layer[1-4]\.0', 4),
@@ -173,10 +175,12 @@ def is_pretraining(state: Mapping) -> bool:
 
 
 def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool | str = True,
-               skip_head: bool | str = False, name: str | None = None) -> LoadReport:
+               skip_head: bool | str = False, name: str | None = None,
+               parts: Sequence[str] | None = None) -> LoadReport:
     """Load plain weights into ``model``: ours, or those of a known project (recognised by their names).
 
-    Of a pretraining model's weights, a task model takes the backbone; the rest is reported as skipped.
+    Of a pretraining model's weights, a task model takes the backbone; the rest is reported as skipped. Blocks of a ViT
+    fit into a point transformer, and the other way round: ``parts``.
 
     Args:
         source: a checkpoint's path, or its content.
@@ -185,18 +189,24 @@ def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool | st
             but allows a pretraining model's weights to lack the head and the class token.
         skip_head: leave the head as it is: ``True``, or ``'mismatched'`` where it is of another form or shape.
         name: what to call the source in messages; by default its path.
+        parts: load these parts of the model alone, e.g. ``['backbone.blocks', 'backbone.norm']``; all of each must be
+            there. The rest is reported as skipped.
 
     Returns:
         a :class:`LoadReport`; it is logged as well where something may have been left out.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not a checkpoint, weights of another model (nothing is loaded).
+        FileNotFoundError, ValueError: no such file, not a checkpoint, weights of another model (nothing is loaded), a
+            part that the model or the source does not have.
+        TypeError: ``parts`` is one string.
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else 'the given weights')
     state = state_dict_of(source, name)
     own = model.state_dict()
     layout, state = _recognise(state, own)
     state, extras = _without_pretraining(state, own)
+    if parts is not None:
+        return _load_parts(model, state, layout, parts, name)
     partial = not strict or (strict == 'transfer' and bool(extras))
     state, skipped = _without_head(state, own, skip_head, name)
     matched = [key for key in own if key in state]
@@ -213,6 +223,31 @@ def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool | st
         raise ValueError(f'{name} has other shapes than the model: {" ".join(str(error).split())}') from None
     if partial:
         print_log(f'{name}: {report}', logger='current')
+    return report
+
+
+def _load_parts(model: nn.Module, state: dict, layout: str, parts: Sequence[str], name: str) -> LoadReport:
+    """The tensors of some parts of ``model``, all of them."""
+    if isinstance(parts, str):
+        raise TypeError(f"parts is a list of names such as ['backbone.blocks'], got the string {parts!r}")
+    own = model.state_dict()
+    _refuse_expanded(state, own, name)
+    chosen = {part: [key for key in own if key == part or key.startswith(f'{part}.')] for part in parts}
+    for part, keys in chosen.items():
+        if not keys:
+            raise ValueError(f'{name}: the model has no part {part!r}; '
+                             f'{nearest(part, {key.rpartition(".")[0] for key in own} | {*own})}')
+    wanted = [key for keys in chosen.values() for key in keys]
+    missing = [key for key in wanted if key not in state]
+    other = [key for key in wanted if key in state and state[key].shape not in (own[key].shape, own[key].shape[1:])]
+    if missing or other:
+        shapes = some((f'{key} {tuple(state[key].shape)}, the model {tuple(own[key].shape)}' for key in other), 3)
+        raise ValueError(f'{name} does not fit {", ".join(parts)}: missing: {some(missing, 4)}; of another shape: '
+                         f'{shapes}')
+    model.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    untouched = [key for key in own if key not in wanted]
+    report = LoadReport(layout, wanted, untouched, [], [key for key in state if key not in wanted])
+    print_log(f'{name}: {report}', logger='current')
     return report
 
 
@@ -254,9 +289,27 @@ def state_dict_of(source: str | Path | Mapping, name: str) -> dict[str, Tensor]:
 def _recognise(state: dict, own: dict) -> tuple[str, dict]:
     """The layout under which most keys are the model's, and the state as that layout's names and shapes are here."""
     likely = layouts_of(state)
-    candidates = {'ewa3d': state, **{layout: rename(state, layout) for layout in (*likely, *LAYOUTS)}}
+    candidates = {'ewa3d': state, **{layout: rename(state, layout) for layout in (*likely, *LAYOUTS)},
+                  'timm': {_begun_otherwise(key, _TIMM): value for key, value in state.items()}}
     best = max(candidates, key=lambda layout: sum(key in own for key in candidates[layout]))
-    return best, squeezed(candidates[best], own)
+    return best, _for_each_modality(squeezed(candidates[best], own), own)
+
+
+def _begun_otherwise(key: str, renames: tuple[tuple[str, str], ...]) -> str:
+    """``key`` with the first of the beginnings that it has replaced."""
+    return next((new + key[len(old):] for old, new in renames if key.startswith(old)), key)
+
+
+def _for_each_modality(state: dict, own: dict) -> dict:
+    """A norm there for each of the norms that modalities have here: ``norm1.weight`` for ``norm1.img.weight``."""
+    state, used = dict(state), set()
+    for key in own:
+        *path, _, leaf = key.split('.') if key.count('.') > 1 else (key, '', '')
+        plain = '.'.join([*path, leaf])
+        if key not in state and plain in state and plain not in own and state[plain].shape == own[key].shape:
+            state[key] = state[plain]
+            used.add(plain)
+    return {key: value for key, value in state.items() if key not in used}
 
 
 def _without_pretraining(state: dict, own: dict) -> tuple[dict, list[str]]:
