@@ -1,7 +1,8 @@
 # The embedded data set with its 34 part labels: parametric shapes made on the fly from a seed, no download. Shapes that
-# are tested lean further than all that are trained on, and stand in boxes of a wider range.
-shape_cfg = dict(outliers=0.005, hidden=0.1, unevenness=0.7, tilt=20)
-new_shape_cfg = dict(outliers=0.005, hidden=0.1, unevenness=0.7, tilt=30, least_tilt=20, stretch=0.4)
+# are tested lean and turn further than all that are trained on, and stand in boxes of a wider range.
+shape_cfg = dict(noise=0.006, outliers=0.0, hidden=0.1, unevenness=0.5, tilt=15, turn=45)
+new_shape_cfg = dict(
+    noise=0.006, outliers=0.0, hidden=0.1, unevenness=0.5, tilt=20, least_tilt=15, turn=60, least_turn=45, stretch=0.4)
 train_pipeline = [
     dict(type='Normalize'),
     dict(type='RandomScale', scale=(0.8, 1.25)),
