@@ -23,8 +23,10 @@ _NORMS = tuple(getattr(nn, name) for name in ('LayerNorm', 'GroupNorm', 'RMSNorm
 
 
 def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float | None = None,
-                 no_decay: Iterable[str] = NO_DECAY, expert_lr_mult: float = 1.) -> list[dict]:
-    """Groups for an optimizer, in a fixed order: ``decay``, ``no_decay``, ``experts.decay``, ``experts.no_decay``.
+                 no_decay: Iterable[str] = NO_DECAY, expert_lr_mult: float = 1.,
+                 core_lr_mult: float = 1.) -> list[dict]:
+    """Groups for an optimizer, in a fixed order: ``decay``, ``no_decay``, ``experts.decay``, ``experts.no_decay``, and
+    where there are residual mixtures, ``core.decay``, ``core.no_decay``.
 
     Not decayed are: parameters that are one-dimensional in the plain model, so that a stacked bias is as safe as a
     plain one; parameters of normalisation layers whatever they are called; names that ``no_decay`` covers. Frozen
@@ -36,40 +38,45 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
         no_decay: whole words of a parameter's dotted name: ``'token'`` covers ``cls_token`` and not ``tokenizer``,
             ``'norm'`` covers ``norm1`` and ``layer_norm``; ``'blocks.0'`` and ``*`` (within one part) work as well.
         expert_lr_mult: between 1 and √E makes up for what averaging takes from the steps of Adam-like optimizers.
+        core_lr_mult: for the cores of residual mixtures. To freeze them, expand with ``freeze_core=True``.
 
     Returns:
         Dicts with ``params``, ``name``, ``weight_decay`` (0 where not decayed) and ``lr``.
 
     Raises:
-        ValueError: ``expert_lr_mult`` is not above 0 or infinite, or needs an ``lr``; a name that matches no parameter
+        ValueError: a multiplier is not above 0 or infinite, or needs an ``lr``; a name that matches no parameter
             and is not one of the defaults; nothing to train.
-        TypeError: ``no_decay`` is one string, or ``expert_lr_mult`` no number.
+        TypeError: ``no_decay`` is one string, or a multiplier no number.
     """
-    check_number('expert_lr_mult', expert_lr_mult, '(0, inf)')
+    mults = dict(experts=check_number('expert_lr_mult', expert_lr_mult, '(0, inf)'),
+                 core=check_number('core_lr_mult', core_lr_mult, '(0, inf)'))
     if isinstance(no_decay, str):
         raise TypeError(f'no_decay is a list of names, got the string {no_decay!r}')
     experts = {id(p) for _, module in iter_experts(model) for p in module.expert_parameters()}
-    if lr is None and experts and expert_lr_mult != 1:
-        raise ValueError('expert_lr_mult needs a learning rate to multiply: give lr')
+    cores = {id(p) for _, module in iter_experts(model) for p in module.core_parameters()}
+    for held, key in ((experts, 'expert_lr_mult'), (cores, 'core_lr_mult')):
+        if lr is None and held and (expert_lr_mult if held is experts else core_lr_mult) != 1:
+            raise ValueError(f'{key} needs a learning rate to multiply: give lr')
     covered = _covered([name for name, _ in model.named_parameters()], tuple(no_decay))
-    groups = {name: [] for name in ('decay', 'no_decay', 'experts.decay', 'experts.no_decay')}
+    groups = {f'{kind}{rule}': [] for kind in ('', 'experts.', 'core.') for rule in ('decay', 'no_decay')}
     norms = {id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():  # each once, under its first name
         if parameter.requires_grad:
             is_expert = id(parameter) in experts
             flat = parameter.ndim - is_expert <= 1
             spared = flat or id(parameter) in norms or name in covered
-            groups[('experts.' if is_expert else '') + ('no_decay' if spared else 'decay')].append(parameter)
+            kind = 'experts.' if is_expert else 'core.' if id(parameter) in cores else ''
+            groups[kind + ('no_decay' if spared else 'decay')].append(parameter)
     if not any(groups.values()):
         raise ValueError(f'{type(model).__name__} has no parameter that requires a gradient')
-    return [_group(name, parameters, lr, weight_decay, expert_lr_mult) for name, parameters in groups.items()
+    return [_group(name, parameters, lr, weight_decay, mults) for name, parameters in groups.items()
             if parameters]
 
 
-def _group(name: str, parameters: list, lr: float | None, weight_decay: float | None, expert_lr_mult: float) -> dict:
+def _group(name: str, parameters: list, lr: float | None, weight_decay: float | None, mults: dict[str, float]) -> dict:
     group = dict(params=parameters, name=name)
     if lr is not None:
-        group['lr'] = lr * expert_lr_mult if name.startswith('experts') else lr
+        group['lr'] = lr * mults.get(name.partition('.')[0], 1.)
     if name.endswith('no_decay'):
         group['weight_decay'] = 0.
     elif weight_decay is not None:
@@ -102,12 +109,12 @@ class ParamGroups:
 
     Args:
         optim_wrapper_cfg: config of the optimizer wrapper, with ``optimizer``.
-        paramwise_cfg: ``no_decay`` and ``expert_lr_mult`` of :func:`param_groups`.
+        paramwise_cfg: ``no_decay``, ``expert_lr_mult`` and ``core_lr_mult`` of :func:`param_groups`.
 
     Raises:
         TypeError: an unknown key of ``paramwise_cfg``, or no ``optimizer``.
     """
-    KEYS = ('no_decay', 'expert_lr_mult')
+    KEYS = ('no_decay', 'expert_lr_mult', 'core_lr_mult')
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         if not isinstance(optim_wrapper_cfg, dict) or 'optimizer' not in optim_wrapper_cfg:

@@ -129,7 +129,6 @@ class ResidualMoEFFN(RoutedFFN):
         return module
 
     def core_parameters(self) -> list[nn.Parameter]:
-        """The parameters that all experts share."""
         return list(self.body().parameters())
 
     def expert_parameters(self) -> list[nn.Parameter]:

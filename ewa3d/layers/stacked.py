@@ -77,6 +77,10 @@ class Experts(Reparam):
         """Every parameter whose leading dimension is the experts', tied ones once."""
         raise NotImplementedError(f'{type(self).__name__}.expert_parameters')
 
+    def core_parameters(self) -> list[nn.Parameter]:
+        """The parameters that all experts share and differ from by residuals."""
+        return []
+
     def stacked(self, name: str, tensor: Tensor) -> Tensor | None:
         """``(E, ...)``: a tensor of the body in all versions; ``None`` where they share it."""
         raise NotImplementedError(f'{type(self).__name__}.stacked')
