@@ -72,7 +72,7 @@ class RoutedFFN(Experts):
         tokens = x.reshape(-1, x.shape[-1])
         choice = self.router(tokens)
         routes = route(choice.experts, self.num_experts, self._capacity(choice))
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self._note(choice, routes)
         if not args and not kwargs and self.fast:
             y = self.run_batched(routes.dispatch(autocast(tokens) if self._starts_linear() else tokens))

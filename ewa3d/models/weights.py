@@ -17,8 +17,9 @@ __all__ = ['LAYOUTS', 'Layout', 'LoadReport', 'is_pretraining', 'layouts_of', 'l
 class Layout(NamedTuple):
     """How a project names and nests the weights of one kind of model.
 
-    ``renames`` are prefixes there and here. A state dict is of the layout where all of ``marks`` begin some key and
-    ``absent`` begins none (prefixes there, or such of ours that have none there).
+    ``renames`` are prefixes there and here, in which ``*`` is a number that is kept. A state dict is of the layout
+    where all of ``marks`` begin some key and ``absent`` begins none (prefixes there, or such of ours that have none
+    there).
     """
     kind: str
     task: str
@@ -63,6 +64,10 @@ LAYOUTS: dict[str, Layout] = {
         'blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.', 'propagation_0.'), entry='model_state_dict'),
     'dvae': Layout('dvae', 'tokenizer', tuple((name, name) for name in (
         'encoder.', 'dgcnn_1.', 'codebook', 'dgcnn_2.', 'decoder.')), ('codebook', 'dgcnn_1.', 'dgcnn_2.')),
+    # To the names of a timm ViT whose blocks are expanded to RePaFFN: both branches hold their norms there.
+    'repavit': Layout('repavit', 'classifier', tuple((f'blocks.*.{there}', f'blocks.*.{here}') for there, here in (
+        ('attn.norm.', 'norm1.'), ('mlp.norm1.', 'norm2.'), ('mlp.norm2.', 'mlp.norm.'))),
+        ('blocks.0.attn.norm.', 'blocks.0.mlp.norm1.', 'patch_embed.'), entry='model'),
 }
 # 1×1 convolutions there are linear layers here: the number of dimensions of their weights there.
 _CONVOLUTIONS = ((r'encoder\.(first|second)_conv\.[03]', 3), (r'increase_dim\.0', 3),
@@ -107,8 +112,9 @@ def rename(state: Mapping[str, Tensor], layout: str, reverse: bool = False) -> d
     for key, value in state.items():
         for there, here in LAYOUTS[layout].renames:
             old, new = (here, there) if reverse else (there, here)
-            if key.startswith(old):
-                name = new + key[len(old):]
+            head = re.match(re.escape(old).replace(r'\*', r'(\d+)'), key)
+            if head:
+                name = new.replace('*', ''.join(head.groups())) + key[head.end():]
                 renamed[name] = _as_convolution(name, value) if reverse else value
                 break
         else:
