@@ -159,13 +159,17 @@ def trusted_part(cfg, name: str = 'checkpoint'):
 
 
 def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:
-    """``cfg`` without what training added: ``model.expand`` (but for modules that stay) and, then, the EWA hook."""
+    """``cfg`` without what training added: ``model.expand`` and the EWA hook. Rules whose modules stay are kept, with
+    the hook; those that fuse to a form of their own build that one."""
     cfg = copy.deepcopy(dict(cfg))
     model = cfg['model'] = without_pretrained(cfg['model'])
     rules = model.pop('expand', None) or []
-    rules = [rule for rule in ([rules] if isinstance(rules, Mapping) else rules) if rule.get('type') in kept]
-    if rules:
-        model['expand'] = rules
+    rules = [rules] if isinstance(rules, Mapping) else rules
+    left = [rule if rule.get('type') in kept else dict(rule, fused=True) for rule in rules
+            if rule.get('type') in kept or _has_fused_form(rule.get('type'))]
+    if left:
+        model['expand'] = left
+    if any(rule.get('type') in kept for rule in rules):
         return cfg
     is_ewa = lambda hook: isinstance(hook, Mapping) and hook.get('type') == 'EWAHook'  # noqa: E731
     for key in ('default_hooks', 'custom_hooks'):
@@ -175,6 +179,10 @@ def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:
         elif hooks:
             cfg[key] = [v for v in hooks if not is_ewa(v)]
     return cfg
+
+
+def _has_fused_form(kind) -> bool:
+    return getattr(MODELS.get(kind) if isinstance(kind, str) else kind, 'has_fused_form', False)
 
 
 def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ewa3d.registry import MODELS, nearest
 
-__all__ = ['Reparam', 'Report', 'Row', 'expand', 'fuse']
+__all__ = ['Fused', 'Reparam', 'Report', 'Row', 'expand', 'fuse']
 
 logger = logging.getLogger('ewa3d')
 RULE_KEYS = ('type', 'at', 'every', 'last', 'index')
@@ -32,9 +32,18 @@ class Reparam(nn.Module):
         preserves: :meth:`expand` keeps the plain module's function (up to rounding).
         accepts: Reparam classes, or their names, that this one may be put over or into; every other combination of
             two rules on one module is an error.
+        opaque: while it stays, what is inside is its own affair and is not fused.
+        has_fused_form: its :meth:`fuse` returns a :class:`Fused`, which a rule with ``fused=True`` builds.
     """
     preserves = True
     accepts: tuple = ()
+    opaque = False
+    has_fused_form = False
+
+    @classmethod
+    def at_depth(cls, cfg: dict, position: int, total: int) -> dict:
+        """The keywords of :meth:`expand` for the module ``position`` (from 0) of the ``total`` that a rule chose."""
+        return cfg
 
     @classmethod
     def expand(cls, plain: nn.Module, **cfg) -> 'Reparam':
@@ -47,6 +56,13 @@ class Reparam(nn.Module):
     def fuse(self) -> nn.Module:
         """The plain module with the same eval output and the same dtype, device, mode and flags; ``self`` to stay."""
         raise NotImplementedError(f'{type(self).__name__}.fuse')
+
+
+class Fused(nn.Module):
+    """What a Reparam fuses to where that is not the plain class.
+
+    A config can name it, so that fused weights have a model: by the Reparam's own rule with ``fused=True``.
+    """
 
 
 class Row(NamedTuple):
@@ -120,11 +136,12 @@ def expand(model: nn.Module, rules: dict | Iterable[dict]) -> Report:
     before, rows, done = count_params(model), {}, []
     try:
         for rule in parsed:
-            for name, plain in _select(model, rule):
+            chosen = _select(model, rule)
+            for position, (name, plain) in enumerate(chosen):
                 _refuse_fused_kernel(model, name, plain)
-                new = _expand(name, plain, rule)
+                new = _expand(name, plain, rule, position, len(chosen))
                 _refuse_untied(model, name, plain, new)
-                done.append(_replace(model, plain, new))
+                done.append(replace(model, plain, new))
                 first = rows.get(name)
                 rows[name] = Row(name, first.before if first else type(plain).__name__, type(new).__name__,
                                  first.params_before if first else count_params(plain), count_params(new), 'expanded')
@@ -165,7 +182,7 @@ def fuse(model: nn.Module) -> Report:
             if new is old:
                 kept.add(old)
             else:
-                done.append(_replace(model, old, new))
+                done.append(replace(model, old, new))
             first = rows.get(name)
             rows[name] = Row(name, first.before if first else type(old).__name__, type(new).__name__,
                              first.params_before if first else count_params(old), count_params(new),
@@ -232,7 +249,7 @@ def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _glob(pattern: str) -> re.Pattern:
+def glob(pattern: str) -> re.Pattern:
     """``*`` and ``?`` of a module name: they match within one dotted part."""
     return re.compile(re.escape(pattern).replace(r'\*', '[^.]*').replace(r'\?', '[^.]'))
 
@@ -240,7 +257,7 @@ def _glob(pattern: str) -> re.Pattern:
 def _select(model: nn.Module, rule: _Rule) -> list[tuple[str, nn.Module]]:
     """The modules that a rule means, in the order of ``named_modules()``, each once under its first matching name."""
     names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    pattern, seen, matches = _glob(rule.at), set(), []
+    pattern, seen, matches = glob(rule.at), set(), []
     for name, module in names.items():
         if pattern.fullmatch(name) and id(module) not in seen:
             seen.add(id(module))
@@ -264,14 +281,14 @@ def _select(model: nn.Module, rule: _Rule) -> list[tuple[str, nn.Module]]:
     return chosen
 
 
-def _expand(name: str, plain: nn.Module, rule: _Rule) -> Reparam:
+def _expand(name: str, plain: nn.Module, rule: _Rule, position: int, total: int) -> nn.Module:
     try:
-        new = rule.cls.expand(plain, **rule.cfg)
+        new = rule.cls.expand(plain, **rule.cls.at_depth(rule.cfg, position, total))
     except Exception as error:
         if error.args and isinstance(error.args[0], str):  # the same exception, so that its type and attributes stay
             error.args = (f'{rule.where}: {name!r}: {error.args[0]}', *error.args[1:])
         raise
-    if not isinstance(new, Reparam):
+    if not isinstance(new, (Reparam, Fused)):
         raise TypeError(f'{rule.where}: {name!r}: expand() returned {type(new).__name__}, not a Reparam')
     return new
 
@@ -331,7 +348,7 @@ _HOOKS = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always
           '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks', '_is_full_backward_hook')
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module):
+def replace(model: nn.Module, old: nn.Module, new: nn.Module):
     """Put ``new`` wherever ``old`` is in ``model``, in the same mode and with its hooks; returns what undoes it."""
     places = [(parent, key) for parent in model.modules() if parent is not new
               for key, child in parent._modules.items() if child is old]
@@ -349,8 +366,9 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module):
 
 
 def _next_reparam(model: nn.Module, kept: set) -> tuple[str, Reparam] | None:
+    closed = tuple(f'{name}.' for name, module in model.named_modules() if module in kept and module.opaque)
     for name, module in model.named_modules():  # parents come before their children
-        if isinstance(module, Reparam) and module not in kept:
+        if isinstance(module, Reparam) and module not in kept and not name.startswith(closed):
             return name, module
     return None
 

@@ -17,11 +17,13 @@ def _reparams() -> list[str]:
     return sorted(name for name, cls in classes.items() if issubclass(cls, Reparam))
 
 
-CASES = [(name, model) for name in _reparams() for model in TOY_MODELS]
+TWO_LINEAR_MAPS = {'own, ours', 'timm ViT', 'torchvision ViT'}  # the FFNs that have idle channels
+CASES = [(name, model) for name in _reparams() for model in TOY_MODELS
+         if name != 'RePaFFN' or model in TWO_LINEAR_MAPS]
 
 
 def test_the_registry_has_reparams():
-    assert 'EWAFFN' in _reparams()
+    assert {'EWAFFN', 'MoEFFN', 'ResidualMoEFFN', 'FusionFFN', 'RePaFFN'} <= set(_reparams())
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f'{case[0]}-{case[1]}')
@@ -69,7 +71,9 @@ def test_plain_checkpoint_loads_into_the_expanded_model(case):
 
 
 def test_fused_model_is_the_plain_one(case):
-    _, model, rule, x = case
+    cls, model, rule, x = case
+    if cls.has_fused_form:
+        pytest.skip('fuses to a form of its own')
     plain = copy.deepcopy(model)
     expand(model, rule)
     train_steps(model, x)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ewa3d.checks import check_integer, is_number
 from ewa3d.engine.schedules import ShareRate
-from ewa3d.layers.experts import StackedExperts, iter_experts
+from ewa3d.layers.stacked import Experts, iter_experts
 
 __all__ = ['ExpertAveraging', 'attach_ewa', 'average_', 'largest_share_rate']
 
@@ -76,7 +76,7 @@ def _average(stacked: Tensor, share_rate: float) -> None:
 def _tensors(experts) -> Iterable[Tensor]:
     if isinstance(experts, Tensor):
         yield experts
-    elif isinstance(experts, StackedExperts):
+    elif isinstance(experts, Experts):
         yield from experts.expert_parameters()
     elif isinstance(experts, nn.Module):
         for _, module in iter_experts(experts):
@@ -204,6 +204,9 @@ def _expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
     for module_name, module in iter_experts(model):
+        if not module.can_average:
+            raise ValueError(f'{module_name!r} has low-rank experts, whose factors cannot be averaged; expand it with '
+                             'full residuals (rank=None), or train it without EWA')
         for parameter in module.expert_parameters():
             name = names[id(parameter)]
             if _sharded(parameter) or parameter.ndim == 0 or len(parameter) != module.num_experts:

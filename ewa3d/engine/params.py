@@ -18,15 +18,16 @@ __all__ = ['NO_DECAY', 'ParamGroups', 'layer_numbers', 'param_groups']
 NO_DECAY = ('bias', 'norm', 'token')
 """The names that Point-MAE leaves without decay (besides everything one-dimensional); its ``cls_pos`` decays."""
 
-KINDS = ('decay', 'no_decay', 'experts.decay', 'experts.no_decay')
+KINDS = tuple(f'{kind}{rule}' for kind in ('', 'experts.', 'core.') for rule in ('decay', 'no_decay'))
 _NORMS = tuple(getattr(nn, name) for name in ('LayerNorm', 'GroupNorm', 'RMSNorm', 'LocalResponseNorm')
                if hasattr(nn, name)) + (nn.modules.batchnorm._NormBase,)
 
 
 def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float | None = None,
                  no_decay: Iterable[str] = NO_DECAY, expert_lr_mult: float = 1.,
-                 layer_decay: float = 1.) -> list[dict]:
-    """Groups for an optimizer, in a fixed order: ``decay``, ``no_decay``, ``experts.decay``, ``experts.no_decay``.
+                 core_lr_mult: float = 1., layer_decay: float = 1.) -> list[dict]:
+    """Groups for an optimizer, in a fixed order: ``decay``, ``no_decay``, ``experts.decay``, ``experts.no_decay``, and
+    where there are residual mixtures, ``core.decay``, ``core.no_decay``.
 
     Not decayed are: parameters that are one-dimensional in the plain model, so that a stacked bias is as safe as a
     plain one; parameters of normalisation layers whatever they are called; names that ``no_decay`` covers, or that a
@@ -39,25 +40,29 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
         no_decay: whole words of a parameter's dotted name: ``'token'`` covers ``cls_token`` and not ``tokenizer``,
             ``'norm'`` covers ``norm1`` and ``layer_norm``; ``'blocks.0'`` and ``*`` (within one part) work as well.
         expert_lr_mult: between 1 and √E makes up for what averaging takes from the steps of Adam-like optimizers.
+        core_lr_mult: for the cores of residual mixtures. To freeze them, expand with ``freeze_core=True``.
         layer_decay: below 1, each block's learning rate is this share of the next one's, the last block's is this share
-            of ``lr``, and what comes before the first block has one share less than it. There are then four groups a
-            layer, ``layer0.decay`` and so on (see :func:`layer_numbers`).
+            of ``lr``, and what comes before the first block has one share less than it. These are then the groups of
+            each layer, ``layer0.decay`` and so on (see :func:`layer_numbers`).
 
     Returns:
         Dicts with ``params``, ``name``, ``weight_decay`` (0 where not decayed) and ``lr``.
 
     Raises:
-        ValueError: ``expert_lr_mult`` is not above 0 or infinite, or needs an ``lr``; a name that matches no parameter
+        ValueError: a multiplier is not above 0 or infinite, or needs an ``lr``; a name that matches no parameter
             and is not one of the defaults; nothing to train; ``layer_decay`` is not in (0, 1], or needs an ``lr`` or a
             model with blocks.
-        TypeError: ``no_decay`` is one string, or ``expert_lr_mult`` no number.
+        TypeError: ``no_decay`` is one string, or a multiplier no number.
     """
-    check_number('expert_lr_mult', expert_lr_mult, '(0, inf)')
+    mults = dict(experts=check_number('expert_lr_mult', expert_lr_mult, '(0, inf)'),
+                 core=check_number('core_lr_mult', core_lr_mult, '(0, inf)'))
     if isinstance(no_decay, str):
         raise TypeError(f'no_decay is a list of names, got the string {no_decay!r}')
     experts = {id(p) for _, module in iter_experts(model) for p in module.expert_parameters()}
-    if lr is None and experts and expert_lr_mult != 1:
-        raise ValueError('expert_lr_mult needs a learning rate to multiply: give lr')
+    cores = {id(p) for _, module in iter_experts(model) for p in module.core_parameters()}
+    for held, key in ((experts, 'expert_lr_mult'), (cores, 'core_lr_mult')):
+        if lr is None and held and (expert_lr_mult if held is experts else core_lr_mult) != 1:
+            raise ValueError(f'{key} needs a learning rate to multiply: give lr')
     check_number('layer_decay', layer_decay, '(0, 1]')
     if lr is None and layer_decay != 1:
         raise ValueError('layer_decay needs a learning rate to multiply: give lr')
@@ -71,12 +76,13 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
             is_expert = id(parameter) in experts
             flat = parameter.ndim - is_expert <= 1
             spared = flat or id(parameter) in norms or name in covered
-            kind = ('experts.' if is_expert else '') + ('no_decay' if spared else 'decay')
+            kind = 'experts.' if is_expert else 'core.' if id(parameter) in cores else ''
+            kind += 'no_decay' if spared else 'decay'
             groups.setdefault((layers.get(name, top), kind), []).append(parameter)
     if not groups:
         raise ValueError(f'{type(model).__name__} has no parameter that requires a gradient')
     return [_group(f'layer{layer}.{kind}' if layers else kind, groups[layer, kind],
-                   None if lr is None else lr * layer_decay ** (top - layer), weight_decay, expert_lr_mult)
+                   None if lr is None else lr * layer_decay ** (top - layer), weight_decay, mults)
             for layer in range(top + 1) for kind in KINDS if (layer, kind) in groups]
 
 
@@ -101,10 +107,10 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
     return numbers
 
 
-def _group(name: str, parameters: list, lr: float | None, weight_decay: float | None, expert_lr_mult: float) -> dict:
+def _group(name: str, parameters: list, lr: float | None, weight_decay: float | None, mults: dict[str, float]) -> dict:
     group = dict(params=parameters, name=name)
     if lr is not None:
-        group['lr'] = lr * expert_lr_mult if 'experts' in name else lr
+        group['lr'] = lr * next((mult for kind, mult in mults.items() if kind in name.split('.')), 1.)
     if name.endswith('no_decay'):
         group['weight_decay'] = 0.
     elif weight_decay is not None:
@@ -147,12 +153,12 @@ class ParamGroups:
 
     Args:
         optim_wrapper_cfg: config of the optimizer wrapper, with ``optimizer``.
-        paramwise_cfg: ``no_decay``, ``expert_lr_mult`` and ``layer_decay`` of :func:`param_groups`.
+        paramwise_cfg: ``no_decay``, ``expert_lr_mult``, ``core_lr_mult`` and ``layer_decay`` of :func:`param_groups`.
 
     Raises:
         TypeError: an unknown key of ``paramwise_cfg``, or no ``optimizer``.
     """
-    KEYS = ('no_decay', 'expert_lr_mult', 'layer_decay')
+    KEYS = ('no_decay', 'expert_lr_mult', 'core_lr_mult', 'layer_decay')
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         if not isinstance(optim_wrapper_cfg, dict) or 'optimizer' not in optim_wrapper_cfg:

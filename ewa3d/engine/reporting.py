@@ -14,7 +14,7 @@ def log_start(runner) -> None:
     model = unwrapped(runner.model)
     if hasattr(model, 'expand_report'):
         runner.logger.info(f'model.expand:\n{model.expand_report}')
-    experts = next(iter_experts(model), None)
+    experts = next(((name, module) for name, module in iter_experts(model) if module.averaged), None)
     if experts is not None and not any(isinstance(hook, EWAHook) for hook in runner.hooks):
         runner.logger.warning(f'the model has experts ({experts[0]}, …) and the run no EWAHook: they are trained, but '
                               "not averaged; default_hooks=dict(ewa=dict(type='EWAHook')) averages them")

@@ -1,0 +1,3 @@
+_base_ = ['../point_mae/point-mae_xs_scratch_modelnet10-1k.py', '../_base_/reparam/moe_early-ewa.py']
+model = dict(expand=_base_.moe_early_ewa)
+default_hooks = dict(ewa=_base_.moe_early_ewa_hook)

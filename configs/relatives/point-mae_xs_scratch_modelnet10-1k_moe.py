@@ -1,0 +1,2 @@
+_base_ = ['../point_mae/point-mae_xs_scratch_modelnet10-1k.py', '../_base_/reparam/moe.py']
+model = dict(expand=_base_.moe)
