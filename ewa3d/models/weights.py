@@ -64,7 +64,8 @@ LAYOUTS: dict[str, Layout] = {
         'blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.', 'propagation_0.'), entry='model_state_dict'),
     'dvae': Layout('dvae', 'tokenizer', tuple((name, name) for name in (
         'encoder.', 'dgcnn_1.', 'codebook', 'dgcnn_2.', 'decoder.')), ('codebook', 'dgcnn_1.', 'dgcnn_2.')),
-    # To the names of a timm ViT whose blocks are expanded to RePaFFN: both branches hold their norms there.
+    # To the names of a timm ViT whose blocks are expanded to RePaFFN: both branches hold their norms there. The layer
+    # norm before attention has an eps of 1e-5 there, those before and after the blocks 1e-6.
     'repavit': Layout('repavit', 'classifier', tuple((f'blocks.*.{there}', f'blocks.*.{here}') for there, here in (
         ('attn.norm.', 'norm1.'), ('mlp.norm1.', 'norm2.'), ('mlp.norm2.', 'mlp.norm.'))),
         ('blocks.0.attn.norm.', 'blocks.0.mlp.norm1.', 'patch_embed.'), entry='model'),
