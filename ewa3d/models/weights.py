@@ -79,8 +79,8 @@ LAYOUTS: dict[str, Layout] = {
     '3detr': Layout('3detr', 'detection', _DETR, (
         'pre_encoder.mlp_module.layer0.conv.', 'encoder.layers.0.self_attn.in_proj_',
         'decoder.layers.0.multihead_attn.in_proj_', 'mlp_heads.sem_cls_head.layers.'), entry='model'),
-
-    # To the names of a timm ViT whose blocks are expanded to RePaFFN: both branches hold their norms there.
+    # To the names of a timm ViT whose blocks are expanded to RePaFFN: both branches hold their norms there. The layer
+    # norm before attention has an eps of 1e-5 there, those before and after the blocks 1e-6.
     'repavit': Layout('repavit', 'classifier', tuple((f'blocks.*.{there}', f'blocks.*.{here}') for there, here in (
         ('attn.norm.', 'norm1.'), ('mlp.norm1.', 'norm2.'), ('mlp.norm2.', 'mlp.norm.'))),
         ('blocks.0.attn.norm.', 'blocks.0.mlp.norm1.', 'patch_embed.'), entry='model'),
