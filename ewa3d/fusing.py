@@ -178,13 +178,38 @@ def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:
 
 
 def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str, Tensor]:
-    """Generated clouds of the shape that the model of ``cfg`` takes: noisy ellipsoids in the unit ball.
+    """Generated inputs of the shapes that the model of ``cfg`` takes: noisy ellipsoids in the unit ball, images of
+    noise.
 
     Shape:
         - ``points``: ``(batch_size, N, 3 + F)``, ``N`` from the test or training pipeline (else 1024), ``F`` from the
           tokenizer.
         - ``category``: ``(batch_size,)`` int64, where the neck is told.
+        - ``img``: ``(batch_size, C, H, W)``, from the backbone, where it is for images.
     """
+    shape = image_shape(cfg['model'].get('backbone') or {})
+    if shape is None:
+        return _clouds(cfg, batch_size, seed)
+    img = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(seed))
+    takes_points = any(kind == 'PointPatchEmbed' for _, kind in _items(cfg['model'].get('backbone') or {}))
+    return dict(_clouds(cfg, batch_size, seed), img=img) if takes_points else dict(img=img)
+
+
+def image_shape(backbone: Mapping) -> tuple[int, int, int] | None:
+    """``(C, H, W)`` of the images that a backbone's config takes; ``None`` where it takes none."""
+    if backbone.get('type') == 'TimmBackbone':
+        from timm.models import get_pretrained_cfg
+        channels, *size = getattr(get_pretrained_cfg(str(backbone.get('name'))), 'input_size', (3, 224, 224))
+        size, channels = backbone.get('img_size') or size, backbone.get('in_chans', channels)
+    else:
+        found = [v for _, v in _items({'': backbone}) if isinstance(v, Mapping) and v.get('type') == 'ImagePatchEmbed']
+        if not found:
+            return None
+        size, channels = found[0].get('img_size', 224), found[0].get('in_channels', 3)
+    return (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
+
+
+def _clouds(cfg: Mapping, batch_size: int, seed: int) -> dict[str, Tensor]:
     loader = cfg.get('test_dataloader') or cfg.get('train_dataloader') or {}  # pretraining has no test
     sizes = [v for k, v in _items(loader) if k == 'num_points' and isinstance(v, int)]
     tokenizer = (cfg['model'].get('backbone') or {}).get('tokenizer') or {}

@@ -122,15 +122,16 @@ def _child(name: str, parent: _Registry, *locations: str, build_func=build_from_
 MODELS = _child('model', mmengine_registry.MODELS, 'layers', 'models', build_func=_build_model)
 DATASETS = _child('dataset', mmengine_registry.DATASETS, 'datasets')
 TRANSFORMS = _child('transform', mmengine_registry.TRANSFORMS, 'datasets')
-METRICS = _child('metric', mmengine_registry.METRICS, 'evaluation', 'evaluation_parts', 'evaluation_pretrain')
+METRICS = _child('metric', mmengine_registry.METRICS, 'evaluation', 'evaluation_parts', 'evaluation_pretrain',
+                 'evaluation_tasks')
 HOOKS = _child('hook', mmengine_registry.HOOKS, 'engine', 'protocols')
 PARAM_SCHEDULERS = _child('parameter scheduler', mmengine_registry.PARAM_SCHEDULERS, 'engine',
                           build_func=mmengine_registry.PARAM_SCHEDULERS.build_func)
 OPTIM_WRAPPERS = _child('optim_wrapper', mmengine_registry.OPTIM_WRAPPERS, 'engine')
 OPTIM_WRAPPER_CONSTRUCTORS = _child('optimizer wrapper constructor', mmengine_registry.OPTIM_WRAPPER_CONSTRUCTORS,
                                     'engine')
+SAMPLERS = _child('data sampler', mmengine_registry.DATA_SAMPLERS, 'datasets')
 # These hold nothing of ours; they exist so that look-ups under the scope 'ewa3d' are quiet.
-SAMPLERS = _child('data sampler', mmengine_registry.DATA_SAMPLERS)
 OPTIMIZERS = _child('optimizer', mmengine_registry.OPTIMIZERS)
 VISUALIZERS = _child('visualizer', mmengine_registry.VISUALIZERS)
 VISBACKENDS = _child('vis_backend', mmengine_registry.VISBACKENDS)

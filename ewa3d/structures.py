@@ -12,6 +12,7 @@ class Sample(BaseDataElement):
 
     Data fields, each present only where the task has it:
 
+    * ``gt_scores`` float ``(num_classes,)``, a distribution in place of a label, of mixed images;
     * ``gt_label`` int64 ``()``; ``pred_label`` int64 ``()``; ``pred_scores`` float ``(num_classes,)``, probabilities;
     * ``gt_parts`` int64 ``(N,)``, one label a point;
     * ``pred_points`` float ``(M, 3)``, a reconstruction of the cloud; of a masked autoencoder also its two parts,

@@ -9,6 +9,7 @@ from mmengine.registry import DefaultScope
 
 from ewa3d import attach_ewa
 from ewa3d.engine.validate import check_config
+from ewa3d.fusing import image_shape
 from ewa3d.layers.experts import iter_experts
 from ewa3d.models.build import fill_model
 from ewa3d.registry import MODELS
@@ -32,7 +33,22 @@ def inheritance_depth(path: Path) -> int:
 def points_of(cfg: Config) -> int:
     """The number of points that the training pipeline ends with."""
     dataset = cfg.train_dataloader.dataset
+    dataset = (dataset.get('sources') or {}).get('modelnet10', dataset)
     return [dataset.get('num_points'), *(t.num_points for t in dataset.pipeline if t.type == 'Resample')][-1]
+
+
+def batches_of(cfg: Config) -> list[dict]:
+    """What a step is taken on: two generated samples of each kind that the model takes."""
+    shape, batches = image_shape(cfg.model.backbone) if 'backbone' in cfg.model else None, []
+    samples = [Sample(gt_label=torch.tensor(i)) for i in range(2)]
+    if shape is not None:
+        batches.append(dict(inputs=dict(img=[torch.randn(shape) for _ in range(2)]), data_samples=samples))
+    if shape is None or 'tasks' in cfg.model:
+        points = points_of(cfg)
+        samples = [Sample(gt_label=torch.tensor(i), gt_parts=torch.arange(points) % 5) for i in range(2)]
+        batches.append(dict(inputs=dict(points=[torch.randn(points, 3) for _ in range(2)], category=torch.arange(2)),
+                            data_samples=samples))
+    return batches
 
 
 def test_there_are_configs():
@@ -60,18 +76,16 @@ def test_builds_and_takes_one_step(path):
     handle = None
     if 'ewa' in cfg.default_hooks:
         settings = {k: v for k, v in cfg.default_hooks.ewa.items() if k != 'type'}
-        handle = attach_ewa(wrapper.optimizer, model, total_steps=2, start_step=1, **settings)
+        handle = attach_ewa(wrapper.optimizer, model, total_steps=3, start_step=1, **settings)
     trainable = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trainable]
-    points = points_of(cfg)
-    batch = dict(inputs=dict(points=[torch.randn(points, 3) for _ in range(2)], category=torch.arange(2)),
-                 data_samples=[Sample(gt_label=torch.tensor(i), gt_parts=torch.arange(points) % 5) for i in range(2)])
-    losses = model.train_step(batch, wrapper)
-    assert torch.isfinite(losses['loss'])
+    batches = batches_of(cfg)
+    for batch in batches:
+        assert torch.isfinite(model.train_step(batch, wrapper)['loss'])
     changed = [not torch.equal(a, b) for a, b in zip(before, trainable)]
     assert sum(changed) > len(changed) // 2
     if handle is not None:
-        assert handle.step == 2
+        assert handle.step == 1 + len(batches)
 
 
 @pytest.mark.parametrize('path', [p for p in LEAVES if p.stem.endswith('_ewa') or p.stem == 'ewa'], ids=name)

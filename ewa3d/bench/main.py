@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ewa3d.bench import layers, ops, parts, pretrain, step
+from ewa3d.bench import layers, ops, parts, pretrain, step, vit
 from ewa3d.bench.harness import DTYPES, Case, Row, Settings, measure, report, table
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.files import atomic_write
@@ -17,6 +17,7 @@ __all__ = ['SUITES', 'main', 'run']
 # A suite is a function from settings to cases. A new one is a module with such a function and a line here.
 SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
     'step': step.cases,          # training steps: plain, EWA
+    'vit': vit.cases,            # the same of timm's ViT-S in a plain loop
     'pretrain': pretrain.cases,  # Point-MAE's pretraining step: naive, ours
     'parts': parts.cases,        # part segmentation: shares of a step, interpolation
     'layers': layers.cases,      # one FFN, forward and backward

@@ -2,6 +2,9 @@
 from ewa3d.datasets.base import PointDataset
 from ewa3d.datasets.fewshot import FewShot
 from ewa3d.datasets.folder import FolderPointCloud
+from ewa3d.datasets.image_transforms import ImageTransforms, PackImage
+from ewa3d.datasets.images import CIFAR10, CIFAR100, Digits, ImageDataset, ImageFolder, ImageNet
+from ewa3d.datasets.mixed import MixedBatches, MixedDataset, MixedSampler
 from ewa3d.datasets.modelnet import ModelNet
 from ewa3d.datasets.parts import ShapeNetPart
 from ewa3d.datasets.scanobjectnn import ScanObjectNN
@@ -22,4 +25,5 @@ from ewa3d.datasets.transforms import (
 
 __all__ = ['PointDataset', 'FewShot', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55', 'ShapeNetPart',
            'SyntheticShapes', 'KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift',
-           'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack']
+           'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack', 'CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset',
+           'ImageFolder', 'ImageNet', 'ImageTransforms', 'PackImage', 'MixedBatches', 'MixedDataset', 'MixedSampler']

@@ -151,9 +151,16 @@ class PointDataset(Dataset):
         return len(self._chosen)
 
     def __getitem__(self, i: int) -> dict:
+        return self.sample(i)
+
+    def sample(self, i: int, repeat: int = 0) -> dict:
+        """Sample ``i``; where an epoch has it more than once, ``repeat`` tells the times apart and each is augmented
+        anew."""
         self.full_init()
         index = self._chosen[operator.index(i)]
         results = self._start(index)
+        if repeat:
+            results['rng'] = np.random.default_rng((self.seed or 0, self.epoch, index, repeat))
         for step in self.pipeline:
             try:
                 results = step(results)

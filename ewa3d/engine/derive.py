@@ -1,8 +1,8 @@
 """What follows from a config's data: the number of classes, the metrics there will be, which epoch is reported."""
-import inspect
 from collections.abc import Mapping
 
 from ewa3d import registry as R
+from ewa3d.datasets.mixed import keywords_of
 from ewa3d.models.build import fill_model, wanted_from_data
 from ewa3d.registry import nearest
 
@@ -16,17 +16,20 @@ def dataset_cfgs(loader) -> list[Mapping]:
         cfg = queue.pop(0)
         if isinstance(cfg, Mapping):
             found.append(cfg)
-            queue += [cfg.get('dataset'), *(cfg.get('datasets') or [])]
+            queue += [cfg.get('dataset'), *(cfg.get('datasets') or []), *(cfg.get('sources') or {}).values()]
     return found
 
 
 def _metainfo_of(loader) -> Mapping:
-    """The metainfo of a loader's data set, where it has ``classes``; built without reading the data where it can be."""
-    for cfg in reversed(dataset_cfgs(loader)):  # the innermost first: wrappers may copy, or have none
+    """The metainfo of a loader's data set, where it has ``classes`` or ``sources``; built without reading where that is
+    possible."""
+    cfgs = dataset_cfgs(loader)
+    mixed = [cfg for cfg in cfgs if cfg.get('sources')]
+    for cfg in mixed or reversed(cfgs):  # the innermost first: wrappers may copy, or have none
         cls = R.DATASETS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
-        lazy = 'lazy_init' in inspect.signature(cls.__init__).parameters
+        lazy = 'lazy_init' in keywords_of(cls)
         metainfo = getattr(R.DATASETS.build({**cfg, 'lazy_init': True} if lazy else dict(cfg)), 'metainfo', None) or {}
-        if metainfo.get('classes'):
+        if metainfo.get('classes') or metainfo.get('sources'):
             return metainfo
     return {}
 
@@ -39,7 +42,7 @@ def fill_num_classes(cfg, splits=('train', 'val', 'test')) -> None:
         ValueError: the config gives fewer classes than the data have.
     """
     model = cfg.get('model')
-    if not isinstance(model, Mapping) or not wanted_from_data(model):
+    if not isinstance(model, Mapping) or not (model.get('tasks') or wanted_from_data(model)):
         return
     for split in splits:
         metainfo = _metainfo_of(cfg.get(f'{split}_dataloader'))

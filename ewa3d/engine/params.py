@@ -13,22 +13,25 @@ from ewa3d.checks import check_number
 from ewa3d.layers.experts import iter_experts
 from ewa3d.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, nearest
 
-__all__ = ['NO_DECAY', 'ParamGroups', 'param_groups']
+__all__ = ['NO_DECAY', 'ParamGroups', 'layer_numbers', 'param_groups']
 
 NO_DECAY = ('bias', 'norm', 'token')
 """The names that Point-MAE leaves without decay (besides everything one-dimensional); its ``cls_pos`` decays."""
 
+KINDS = ('decay', 'no_decay', 'experts.decay', 'experts.no_decay')
 _NORMS = tuple(getattr(nn, name) for name in ('LayerNorm', 'GroupNorm', 'RMSNorm', 'LocalResponseNorm')
                if hasattr(nn, name)) + (nn.modules.batchnorm._NormBase,)
 
 
 def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float | None = None,
-                 no_decay: Iterable[str] = NO_DECAY, expert_lr_mult: float = 1.) -> list[dict]:
+                 no_decay: Iterable[str] = NO_DECAY, expert_lr_mult: float = 1.,
+                 layer_decay: float = 1.) -> list[dict]:
     """Groups for an optimizer, in a fixed order: ``decay``, ``no_decay``, ``experts.decay``, ``experts.no_decay``.
 
     Not decayed are: parameters that are one-dimensional in the plain model, so that a stacked bias is as safe as a
-    plain one; parameters of normalisation layers whatever they are called; names that ``no_decay`` covers. Frozen
-    parameters are left out, tied ones come once, empty groups not at all.
+    plain one; parameters of normalisation layers whatever they are called; names that ``no_decay`` covers, or that a
+    module's ``no_weight_decay()`` returns, as timm's models have it. Frozen parameters are left out, tied ones come
+    once, empty groups not at all.
 
     Args:
         lr: of the plain parameters; the experts' is ``lr * expert_lr_mult``. ``None`` leaves it to the optimizer.
@@ -36,13 +39,17 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
         no_decay: whole words of a parameter's dotted name: ``'token'`` covers ``cls_token`` and not ``tokenizer``,
             ``'norm'`` covers ``norm1`` and ``layer_norm``; ``'blocks.0'`` and ``*`` (within one part) work as well.
         expert_lr_mult: between 1 and √E makes up for what averaging takes from the steps of Adam-like optimizers.
+        layer_decay: below 1, each block's learning rate is this share of the next one's, the last block's is this share
+            of ``lr``, and what comes before the first block has one share less than it. There are then four groups a
+            layer, ``layer0.decay`` and so on (see :func:`layer_numbers`).
 
     Returns:
         Dicts with ``params``, ``name``, ``weight_decay`` (0 where not decayed) and ``lr``.
 
     Raises:
         ValueError: ``expert_lr_mult`` is not above 0 or infinite, or needs an ``lr``; a name that matches no parameter
-            and is not one of the defaults; nothing to train.
+            and is not one of the defaults; nothing to train; ``layer_decay`` is not in (0, 1], or needs an ``lr`` or a
+            model with blocks.
         TypeError: ``no_decay`` is one string, or ``expert_lr_mult`` no number.
     """
     check_number('expert_lr_mult', expert_lr_mult, '(0, inf)')
@@ -51,30 +58,68 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
     experts = {id(p) for _, module in iter_experts(model) for p in module.expert_parameters()}
     if lr is None and experts and expert_lr_mult != 1:
         raise ValueError('expert_lr_mult needs a learning rate to multiply: give lr')
-    covered = _covered([name for name, _ in model.named_parameters()], tuple(no_decay))
-    groups = {name: [] for name in ('decay', 'no_decay', 'experts.decay', 'experts.no_decay')}
+    check_number('layer_decay', layer_decay, '(0, 1]')
+    if lr is None and layer_decay != 1:
+        raise ValueError('layer_decay needs a learning rate to multiply: give lr')
+    covered = _covered([name for name, _ in model.named_parameters()], tuple(no_decay)) | _spared_by_modules(model)
+    layers = layer_numbers(model) if layer_decay != 1 else {}
+    top = max(layers.values(), default=0)
+    groups: dict[tuple[int, str], list] = {}
     norms = {id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():  # each once, under its first name
         if parameter.requires_grad:
             is_expert = id(parameter) in experts
             flat = parameter.ndim - is_expert <= 1
             spared = flat or id(parameter) in norms or name in covered
-            groups[('experts.' if is_expert else '') + ('no_decay' if spared else 'decay')].append(parameter)
-    if not any(groups.values()):
+            kind = ('experts.' if is_expert else '') + ('no_decay' if spared else 'decay')
+            groups.setdefault((layers.get(name, top), kind), []).append(parameter)
+    if not groups:
         raise ValueError(f'{type(model).__name__} has no parameter that requires a gradient')
-    return [_group(name, parameters, lr, weight_decay, expert_lr_mult) for name, parameters in groups.items()
-            if parameters]
+    return [_group(f'layer{layer}.{kind}' if layers else kind, groups[layer, kind],
+                   None if lr is None else lr * layer_decay ** (top - layer), weight_decay, expert_lr_mult)
+            for layer in range(top + 1) for kind in KINDS if (layer, kind) in groups]
+
+
+def layer_numbers(model: nn.Module) -> dict[str, int]:
+    """The layer of every parameter, in the order in which the model names them: 0 before its first block, then the
+    blocks' 1, 2, … (through all stages of a Swin), and one more behind the last: the final norm, neck and head.
+
+    Blocks are what is called ``blocks.N`` (``layers.M.blocks.N``).
+
+    Raises:
+        ValueError: the model has no blocks.
+    """
+    found = {name: re.match(r'(.*?\bblocks\.\d+)\.', name) for name, _ in model.named_parameters()}
+    blocks = list(dict.fromkeys(match[1] for match in found.values() if match))
+    if not blocks:
+        raise ValueError(f'layer_decay: {type(model).__name__} has no parameters called blocks.0.…, blocks.1.…')
+    numbers, behind = {}, 0
+    for name, match in found.items():
+        behind = blocks.index(match[1]) + 1 if match else behind
+        last = not match and behind == len(blocks)
+        numbers[name] = behind + last
+    return numbers
 
 
 def _group(name: str, parameters: list, lr: float | None, weight_decay: float | None, expert_lr_mult: float) -> dict:
     group = dict(params=parameters, name=name)
     if lr is not None:
-        group['lr'] = lr * expert_lr_mult if name.startswith('experts') else lr
+        group['lr'] = lr * expert_lr_mult if 'experts' in name else lr
     if name.endswith('no_decay'):
         group['weight_decay'] = 0.
     elif weight_decay is not None:
         group['weight_decay'] = weight_decay
     return group
+
+
+def _spared_by_modules(model: nn.Module) -> set[str]:
+    """Names that ``no_weight_decay()`` of the model or of a part of it returns."""
+    spared = set()
+    for prefix, module in model.named_modules():
+        names = getattr(module, 'no_weight_decay', None)
+        if callable(names):
+            spared |= {f'{prefix}.{name}'.lstrip('.') for name in names()}
+    return spared
 
 
 def _covered(names: list[str], patterns: tuple[str, ...]) -> set[str]:
@@ -102,12 +147,12 @@ class ParamGroups:
 
     Args:
         optim_wrapper_cfg: config of the optimizer wrapper, with ``optimizer``.
-        paramwise_cfg: ``no_decay`` and ``expert_lr_mult`` of :func:`param_groups`.
+        paramwise_cfg: ``no_decay``, ``expert_lr_mult`` and ``layer_decay`` of :func:`param_groups`.
 
     Raises:
         TypeError: an unknown key of ``paramwise_cfg``, or no ``optimizer``.
     """
-    KEYS = ('no_decay', 'expert_lr_mult')
+    KEYS = ('no_decay', 'expert_lr_mult', 'layer_decay')
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         if not isinstance(optim_wrapper_cfg, dict) or 'optimizer' not in optim_wrapper_cfg:

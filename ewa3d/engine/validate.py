@@ -233,6 +233,9 @@ def _check_dataset(cfg, where: str) -> None:
             _check_dataset(cfg[key], f'{where}.{key}')
     for i, child in enumerate(cfg.get('datasets') or []):
         _check_dataset(child, f'{where}.datasets[{i}]')
+    _expect(cfg.get('sources'), f'{where}.sources', dict)
+    for name, child in (cfg.get('sources') or {}).items():
+        _check_dataset(child, f'{where}.sources.{name}')
 
 
 def _check_pipeline(cfg: Mapping, where: str) -> None:

@@ -1,5 +1,18 @@
 """Models: backbone, necks, heads, the models that hold them, the tokenizer. Importing registers them."""
-from ewa3d.models import backbone, dvae, heads, masked, necks, partseg, preprocessor, propagation, task, token_model
+from ewa3d.models import (
+    backbone,
+    dvae,
+    heads,
+    masked,
+    mixing,
+    necks,
+    partseg,
+    preprocessor,
+    propagation,
+    task,
+    timm_backbone,
+    token_model,
+)
 
-__all__ = ['backbone', 'dvae', 'heads', 'masked', 'necks', 'partseg', 'preprocessor', 'propagation', 'task',
-           'token_model']
+__all__ = ['backbone', 'dvae', 'heads', 'masked', 'mixing', 'necks', 'partseg', 'preprocessor', 'propagation', 'task',
+           'timm_backbone', 'token_model']

@@ -1,15 +1,17 @@
 """Backbones: tokens in, features out; and the stack of blocks that they share with decoders."""
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.block import Block, init_vit
-from ewa3d.registry import MODELS
+from ewa3d.layers.modality import ModalityNorm, select_modality
+from ewa3d.registry import MODELS, nearest
 from ewa3d.structures import Tokens
 
-__all__ = ['TokenEncoder', 'TransformerStack']
+__all__ = ['TokenEncoder', 'TransformerStack', 'block_numbers']
 
 
 class TransformerStack(nn.Module):
@@ -62,17 +64,21 @@ class TransformerStack(nn.Module):
         return self.norm(x) if norm else x
 
     def block_numbers(self, out_indices: Sequence[int]) -> list[int]:
-        """The blocks ``out_indices``, counted from the first; ``ValueError`` where one is not there or twice."""
-        depth = len(self.blocks)
-        numbers = []
-        for i in out_indices:
-            if not isinstance(i, int) or not -depth <= i < depth:
-                raise ValueError(f'out_indices={tuple(out_indices)}: {i!r} is not one of the {depth} blocks '
-                                 f'({-depth} to {depth - 1})')
-            numbers.append(i % depth)
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f'out_indices={tuple(out_indices)} names a block twice')
-        return numbers
+        """See the function :func:`block_numbers`."""
+        return block_numbers(len(self.blocks), out_indices)
+
+
+def block_numbers(depth: int, out_indices: Sequence[int]) -> list[int]:
+    """The blocks ``out_indices`` of ``depth``, counted from 0; ``ValueError`` where one is not there or twice."""
+    numbers = []
+    for i in out_indices:
+        if not isinstance(i, int) or not -depth <= i < depth:
+            raise ValueError(f'out_indices={tuple(out_indices)}: {i!r} is not one of the {depth} blocks '
+                             f'({-depth} to {depth - 1})')
+        numbers.append(i % depth)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f'out_indices={tuple(out_indices)} names a block twice')
+    return numbers
 
 
 @MODELS.register_module()
@@ -81,61 +87,120 @@ class TokenEncoder(TransformerStack):
 
     Args:
         tokenizer: a module, or the config of one, that maps inputs to :class:`~ewa3d.structures.Tokens`; its
-            ``embed_dim`` is filled in where the config leaves it out.
+            ``embed_dim`` is filled in where the config leaves it out. Several of them, by the name of the input that
+            they take, ``dict(points=dict(type=…), img=dict(type=…))``, share the blocks: each input has its own
+            tokenizer, class token and class position.
         drop_path_rate: stochastic depth, rising linearly from 0 in the first block to this in the last.
         norm_eps: 1e-5 as Point-MAE has it; a ViT has 1e-6.
         pos: add the positional embedding before ``'every'`` block (Point-BERT, Point-MAE) or the ``'first'`` (ViT).
         cls_token: put a learnt token with a learnt position in front.
+        modality_norms: with several tokenizers, each input has its own norms in the blocks and at the end, too.
+
+    Attributes:
+        modalities: the names of several tokenizers; ``()`` where there is one.
 
     Shape:
         - inputs: what the tokenizer takes, e.g. ``dict(points=(B, N, 3))``; returns ``(B, 1 + L, C)``.
+
+    Raises:
+        KeyError: with several tokenizers, inputs that have none of their names, or two.
+        ValueError: a tokenizer of another width, ``modality_norms`` with one tokenizer.
     """
 
     def __init__(self, tokenizer: dict | nn.Module, embed_dim: int = 384, depth: int = 12, num_heads: int = 6,
                  mlp_ratio: float = 4., qkv_bias: bool = False, drop_path_rate: float = 0.1, proj_drop: float = 0.,
-                 attn_drop: float = 0., norm_eps: float = 1e-5, pos: str = 'every', cls_token: bool = True):
+                 attn_drop: float = 0., norm_eps: float = 1e-5, pos: str = 'every', cls_token: bool = True,
+                 modality_norms: bool = False):
         super().__init__()
         if pos not in ('every', 'first'):
             raise ValueError(f"pos must be 'every' or 'first', got {pos!r}")
         check_integer('TokenEncoder: embed_dim', embed_dim, 1)
-        if not isinstance(tokenizer, nn.Module):
-            tokenizer = MODELS.build({'embed_dim': embed_dim, **tokenizer})
-        if getattr(tokenizer, 'embed_dim', embed_dim) != embed_dim:
-            raise ValueError(f'the tokenizer makes tokens of embed_dim={tokenizer.embed_dim}, the blocks expect '
-                             f'embed_dim={embed_dim}')
-        self.tokenizer = tokenizer
+        several = isinstance(tokenizer, nn.ModuleDict) or (isinstance(tokenizer, Mapping) and 'type' not in tokenizer)
+        self.modalities = tuple(tokenizer) if several else ()
+        if modality_norms and not several:
+            raise ValueError('TokenEncoder: modality_norms belong to several tokenizers, and there is one')
+        self.tokenizer = nn.ModuleDict({name: _tokenizer(cfg, embed_dim) for name, cfg in tokenizer.items()}) \
+            if several else _tokenizer(tokenizer, embed_dim)
         self.embed_dim = embed_dim
         self.pos = pos
         self.num_prefix_tokens = int(cls_token)
         if cls_token:
-            self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
-            self.cls_pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
+            self.cls_token, self.cls_pos = (self._per_modality(embed_dim) for _ in range(2))
         self.add_blocks(embed_dim, depth, num_heads, mlp_ratio, qkv_bias, drop_path_rate, proj_drop, attn_drop,
                         norm_eps)
+        if modality_norms:
+            for module in (*self.blocks, self):
+                for name in ('norm1', 'norm2', 'norm'):
+                    if isinstance(getattr(module, name, None), nn.LayerNorm):
+                        norm = getattr(module, name)
+                        setattr(module, name, ModalityNorm({key: copy.deepcopy(norm) for key in self.modalities}))
+
+    def _per_modality(self, embed_dim: int) -> nn.Parameter | nn.ParameterDict:
+        """A token, or one for each modality."""
+        draw = lambda: nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))  # noqa: E731
+        return nn.ParameterDict({name: draw() for name in self.modalities}) if self.modalities else draw()
+
+    def modality_of(self, inputs) -> str | None:
+        """Which of several tokenizers takes the inputs; ``None`` where there is one.
+
+        Raises:
+            KeyError, TypeError: none does, or two; no dict.
+        """
+        if not self.modalities:
+            return None
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f'inputs must be a dict with one of {", ".join(self.modalities)}, got '
+                            f'{type(inputs).__name__}')
+        found = [name for name in self.modalities if name in inputs]
+        if len(found) != 1:
+            raise KeyError(f'the inputs {sorted(map(str, inputs))} must have exactly one modality that the backbone '
+                           f'has a tokenizer for: {", ".join(self.modalities)}')
+        return found[0]
 
     def tokenize(self, inputs) -> Tokens:
         """Patch tokens of the inputs, without the class token."""
-        return self.tokenizer(inputs)
+        modality = self.modality_of(inputs)
+        return (self.tokenizer if modality is None else self.tokenizer[modality])(inputs)
 
-    def encode(self, x: Tensor, pos: Tensor, out_indices: Sequence[int] = (), norm: bool = True):
+    def encode(self, x: Tensor, pos: Tensor, out_indices: Sequence[int] = (), norm: bool = True,
+               modality: str | None = None):
         """Features of tokens ``x`` at ``pos``; a masked model passes a part of the tokens.
 
         Args:
             out_indices: block numbers, negative ones counted from the end; where given, the result is a tuple with
                 the output of each of these blocks, in this order.
             norm: apply the final norm, which all outputs share.
+            modality: of the tokens, where there are several tokenizers.
 
         Shape:
             - x, pos ``(B, L, C)``; returns ``(B, num_prefix_tokens + L, C)`` or a tuple of such.
 
         Raises:
-            ValueError: a block number that does not exist or occurs twice.
+            ValueError: a block number that does not exist or occurs twice, a modality without tokenizer.
         """
+        if (modality is not None or self.modalities) and modality not in self.modalities:
+            raise ValueError(f'modality={modality!r} has no tokenizer; '
+                             f'{nearest(modality, self.modalities) if self.modalities else "there is only one"}')
         if self.num_prefix_tokens:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
-            pos = torch.cat([self.cls_pos.expand(pos.shape[0], -1, -1).to(pos.dtype), pos], 1)
+            token, at = (p if modality is None else p[modality] for p in (self.cls_token, self.cls_pos))
+            x = torch.cat([token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
+            pos = torch.cat([at.expand(pos.shape[0], -1, -1).to(pos.dtype), pos], 1)
+        if modality is not None:
+            select_modality(self._own_norms(), modality)
         return self.run(x, pos, out_indices, norm)
+
+    def _own_norms(self) -> list[nn.Module]:
+        return [self.norm, *(norm for block in self.blocks for norm in (block.norm1, block.norm2))]
 
     def forward(self, inputs, out_indices: Sequence[int] = ()):
         tokens = self.tokenize(inputs)
-        return self.encode(tokens.x, tokens.pos, out_indices)
+        return self.encode(tokens.x, tokens.pos, out_indices, modality=self.modality_of(inputs))
+
+
+def _tokenizer(cfg: Mapping | nn.Module, embed_dim: int) -> nn.Module:
+    """The tokenizer of a config, with the width of the blocks."""
+    tokenizer = cfg if isinstance(cfg, nn.Module) else MODELS.build({'embed_dim': embed_dim, **cfg})
+    if getattr(tokenizer, 'embed_dim', embed_dim) != embed_dim:
+        raise ValueError(f'the tokenizer makes tokens of embed_dim={tokenizer.embed_dim}, the blocks expect '
+                         f'embed_dim={embed_dim}')
+    return tokenizer

@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from ewa3d.models.task import TaskModel
 from ewa3d.models.weights import num_outputs
-from ewa3d.registry import MODELS
+from ewa3d.registry import MODELS, nearest
 
 __all__ = ['build', 'fill_from_checkpoint', 'fill_model', 'wanted_from_data', 'without_pretrained']
 
@@ -55,7 +55,8 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
 def without_pretrained(cfg):
     """``cfg`` without the weights that its parts would start from."""
     if isinstance(cfg, Mapping):
-        return {key: without_pretrained(value) for key, value in cfg.items() if key != 'pretrained'}
+        return {key: without_pretrained(value) for key, value in cfg.items()
+                if key not in ('pretrained', 'checkpoint')}
     return [without_pretrained(value) for value in cfg] if isinstance(cfg, (list, tuple)) else cfg
 
 
@@ -64,11 +65,15 @@ def fill_model(cfg: MutableMapping, metainfo: Mapping, which: str) -> None:
     neck's ``num_categories``.
 
     Args:
-        metainfo: of the data set, with ``classes`` and, for part segmentation, ``parts``. which: its name in errors.
+        metainfo: of the data set, with ``classes`` and, for part segmentation, ``parts``; of a ``MixedDataset``,
+            ``sources`` with that of each. which: its name in errors.
 
     Raises:
-        ValueError: the config gives fewer classes than the data have.
+        ValueError: the config gives fewer classes than the data have, a task has no data, or data have no task.
     """
+    if cfg.get('tasks'):
+        _fill_tasks(cfg['tasks'], metainfo, which)
+        return
     classes = list(metainfo.get('classes') or [])
     for part, key in wanted_from_data(cfg):
         given = cfg[part].get(key)
@@ -82,6 +87,21 @@ def fill_model(cfg: MutableMapping, metainfo: Mapping, which: str) -> None:
             cfg[part][key] = len(classes) if given is None else given
 
 
+def _fill_tasks(tasks: Mapping, metainfo: Mapping, which: str) -> None:
+    """:func:`fill_model` for every task, from the source that it learns from."""
+    sources = metainfo.get('sources')
+    wanted = {name: task.get('data') or name for name, task in tasks.items() if isinstance(task, MutableMapping)}
+    for name, data in wanted.items():
+        if sources is not None and data not in sources:
+            raise ValueError(f'model.tasks.{name} has no data: the {which} data have no source {data!r}; '
+                             f'{nearest(data, sources)}')
+        fill_model(tasks[name], metainfo if sources is None else sources[data], f'{which} ({data})')
+    unused = sorted(set(sources or ()) - set(wanted.values()))
+    if unused:
+        raise ValueError(f'no task of model.tasks learns from {unused[0]!r} of the {which} data; the tasks learn from '
+                         f'{", ".join(sorted(set(wanted.values())))}')
+
+
 def fill_from_checkpoint(cfg: MutableMapping, checkpoint: Mapping) -> None:
     """:func:`fill_model` from the data set that a checkpoint (empty: none) tells, else from its weights."""
     fill_model(cfg, (checkpoint.get('meta') or {}).get('dataset_meta') or {}, "checkpoint's")
@@ -91,7 +111,8 @@ def fill_from_checkpoint(cfg: MutableMapping, checkpoint: Mapping) -> None:
 
 def wanted_from_data(cfg: Mapping) -> list[tuple[str, str]]:
     """The parts of a model's config, and their keywords, that :func:`fill_model` fills in."""
-    known = (('head', 'num_classes'), ('head', 'parts'), ('neck', 'num_categories'))
+    known = (('head', 'num_classes'), ('head', 'parts'), ('neck', 'num_categories'),
+             ('data_preprocessor', 'num_classes'))
     return [(part, key) for part, key in known if key in _parameters(cfg.get(part))]
 
 

@@ -59,11 +59,16 @@ class ClsHead(nn.Module):
         return self.layers(feats)
 
     def loss(self, feats: Tensor, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """``loss_cls`` and, as a statistic, the batch's accuracy ``acc`` in percent."""
-        labels = self._labels(samples).to(feats.device, non_blocking=True)
+        """``loss_cls`` and, as a statistic, the batch's accuracy ``acc`` in percent.
+
+        Samples with ``gt_scores``, a distribution over the classes, are compared with that (images that were mixed).
+        """
+        soft = bool(samples) and 'gt_scores' in samples[0]
+        target = torch.stack([sample.gt_scores for sample in samples]) if soft else self._labels(samples)
+        target = target.to(feats.device, non_blocking=True)
         logits = self(feats).float()
-        accuracy = (logits.detach().argmax(1) == labels).float().mean() * 100
-        return {'loss_cls': F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), 'acc': accuracy}
+        accuracy = (logits.detach().argmax(1) == (target.argmax(1) if soft else target)).float().mean() * 100
+        return {'loss_cls': F.cross_entropy(logits, target, label_smoothing=self.label_smoothing), 'acc': accuracy}
 
     def predict(self, feats: Tensor, samples: Sequence[Sample] | None = None) -> list[Sample]:
         """The samples with ``pred_scores`` (probabilities) and ``pred_label``, on the CPU."""

@@ -12,16 +12,17 @@ __all__ = ['Preprocessor']
 
 @MODELS.register_module()
 class Preprocessor(BaseDataPreprocessor):
-    """Stacks the clouds of a batch, checks them and moves them to the model's device.
+    """Stacks the clouds or images of a batch, checks them and moves them to the model's device.
 
     Nothing is normalised here: ``model(inputs)`` does not pass through a preprocessor. Samples stay where they are
     (heads move stacked labels, one transfer a batch).
 
     Shape:
         - ``data['inputs']['points']`` a list of ``(N, 3 + F)``, or stacked already; becomes ``(B, N, 3 + F)``.
+          Other inputs likewise: ``data['inputs']['img']``.
 
     Raises:
-        ValueError: clouds of different sizes or values that are not finite; the message names the samples.
+        ValueError: clouds or images of different sizes or values that are not finite; the message names the samples.
     """
 
     def forward(self, data: dict, training: bool = False) -> dict:
@@ -38,7 +39,8 @@ class Preprocessor(BaseDataPreprocessor):
                 if item.shape != shape:
                     raise ValueError(f'{name} of one batch must have one shape: {_name(samples, i)} has '
                                      f'{tuple(item.shape)}, {_name(samples, 0)} has {tuple(shape)}; '
-                                     'add a Resample transform to the pipeline')
+                                     f'add a {"Resize or crop" if name == "img" else "Resample"} transform to the '
+                                     'pipeline')
             value = torch.stack(list(value))
         if value.device.type == 'cpu' and not torch.isfinite(value.sum()):  # the sum is quick; it may overflow
             bad = (~value.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()

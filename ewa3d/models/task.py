@@ -1,9 +1,10 @@
-"""The model that a runner trains: preprocessor, backbone, neck, head."""
-from collections.abc import Sequence
+"""The model that a runner trains: preprocessor, backbone, neck and head, or several tasks with theirs."""
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from ewa3d.models.base import ExpandableModel, build_module, check_mode, inputs_of
+from ewa3d.models.tasks import build_branch, build_tasks, features_by_task, tasks_of_batch
 from ewa3d.registry import MODELS
 from ewa3d.structures import Sample
 
@@ -21,31 +22,46 @@ class TaskModel(ExpandableModel):
             and the inputs.
         expand, pretrained: see :meth:`ExpandableModel.finish`.
         data_preprocessor: ``Preprocessor`` unless given.
+        tasks: instead of one neck and head, several by name: ``name → dict(head, neck=None, modality=None, data=name,
+            loss_weight=1.0)``. ``modality`` is the name of the backbone's tokenizer, ``data`` the source of a
+            ``MixedDataset``; several tasks may have the same. A batch is of one source, and the tasks of that source
+            learn from it. Losses and metrics have the task's name in front, ``cifar10/loss_cls``.
 
     Shape:
-        - inputs ``dict(points=(B, N, 3 + F))``, and what else the neck asks for (``category=(B,)``).
-        - returns the head's raw output (``mode='tensor'``), a dict of losses (``'loss'``) or samples (``'predict'``).
+        - inputs ``dict(points=(B, N, 3 + F))`` or ``dict(img=(B, C, H, W))``, and what else the neck asks for
+          (``category=(B,)``).
+        - returns the head's raw output (``mode='tensor'``; with tasks a dict of those whose modality is given), a dict
+          of losses (``'loss'``) or samples (``'predict'``).
+
+    Raises:
+        ValueError: a task without a head, a modality without tokenizer, a batch that no task learns from; both
+            ``tasks`` and a ``head`` or ``neck``.
     """
 
     def __init__(self, backbone: dict | nn.Module, neck: dict | nn.Module | None = None,
                  head: dict | nn.Module | None = None, expand: Sequence[dict] | None = None,
-                 pretrained: str | dict | None = None, data_preprocessor: dict | nn.Module | None = None):
+                 pretrained: str | dict | None = None, data_preprocessor: dict | nn.Module | None = None,
+                 tasks: dict | None = None):
         super().__init__(data_preprocessor)
         self.backbone = build_module(backbone)
-        tokenizer = getattr(self.backbone, 'tokenizer', None)
-        self.neck = build_module(neck, num_prefix_tokens=getattr(self.backbone, 'num_prefix_tokens', 0),
-                                 embed_dim=self.backbone.embed_dim, in_channels=getattr(tokenizer, 'in_channels', 3),
-                                 skip_origin=getattr(tokenizer, 'skip_origin', False))
-        width = self.backbone.embed_dim
-        if hasattr(self.neck, 'out_channels'):
-            width = self.neck.out_channels(width)
-        self.head = build_module(head, in_channels=width)
+        self.tasks = None
+        if tasks is not None:
+            if neck is not None or head is not None:
+                raise ValueError('TaskModel: with tasks, each has a neck and a head of its own; found neck or head '
+                                 'beside them')
+            self.tasks = build_tasks(self.backbone, tasks)
+        elif getattr(self.backbone, 'modalities', ()):
+            raise ValueError(f'TaskModel: the backbone has tokenizers for {", ".join(self.backbone.modalities)}; which '
+                             'task sees which is said by tasks=dict(name=dict(modality=…, head=…))')
+        self.neck, self.head = build_branch(self.backbone, neck, head) if tasks is None else (None, None)
         self.finish(pretrained, expand)
 
-    def extract(self, points: Tensor | dict) -> Tensor:
+    def extract(self, points: Tensor | dict) -> Tensor | dict[str, Tensor]:
         """The head's input, of ``points`` ``(B, N, 3 + F)`` or of ``dict(points=...)``: pooled features, or those of
-        every point."""
+        every point. With tasks, a dict of that of each whose modality is given."""
         inputs = inputs_of(points)
+        if self.tasks is not None:
+            return features_by_task(self.backbone, tasks_of_batch(self.tasks, inputs), inputs)
         if hasattr(self.neck, 'out_indices'):
             tokens = self.backbone.tokenize(inputs)
             feats = self.backbone.encode(tokens.x, tokens.pos, self.neck.out_indices)
@@ -55,6 +71,8 @@ class TaskModel(ExpandableModel):
 
     def forward(self, inputs: dict | Tensor, data_samples: Sequence[Sample] | None = None, mode: str = 'tensor'):
         check_mode(mode)
+        if self.tasks is not None:
+            return self._forward_tasks(inputs_of(inputs), data_samples, mode)
         feats = self.extract(inputs)
         if self.head is None:
             if mode == 'tensor':
@@ -67,3 +85,17 @@ class TaskModel(ExpandableModel):
         if data_samples is None:
             raise ValueError("mode='loss' needs data_samples")
         return self.head.loss(feats, data_samples)
+
+    def _forward_tasks(self, inputs: Mapping, data_samples: Sequence[Sample] | None, mode: str):
+        if mode == 'loss' and data_samples is None:
+            raise ValueError("mode='loss' needs data_samples")
+        tasks = tasks_of_batch(self.tasks, inputs, data_samples)
+        feats = features_by_task(self.backbone, tasks, inputs)
+        if mode == 'tensor':
+            return {name: task.head(feats[name]) for name, task in tasks.items()}
+        if mode == 'predict':  # each head adds its predictions to the samples
+            for name, task in tasks.items():
+                data_samples = task.head.predict(feats[name], data_samples)
+            return data_samples
+        return {f'{name}/{key}': value * task.loss_weight if 'loss' in key else value for name, task in tasks.items()
+                for key, value in task.head.loss(feats[name], data_samples).items()}

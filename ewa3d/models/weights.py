@@ -1,6 +1,6 @@
 """Plain weights from elsewhere: rename tables as data, one loader, one report."""
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +61,8 @@ LAYOUTS: dict[str, Layout] = {
         ('queue', 'queue')), ('transformer_q.blocks.blocks.', 'transformer_q.lm_head.')),
     'point_bert_partseg': Layout('point-bert', 'part-segmentation', _BERT_PARTS, (
         'blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.', 'propagation_0.'), entry='model_state_dict'),
+    'timm': Layout('timm', 'classifier', (('head.', 'head.layers.0.'), ('', 'backbone.')),
+                   ('patch_embed.proj.', 'blocks.0.attn.', 'blocks.0.mlp.'), ('backbone.',)),
     'dvae': Layout('dvae', 'tokenizer', tuple((name, name) for name in (
         'encoder.', 'dgcnn_1.', 'codebook', 'dgcnn_2.', 'decoder.')), ('codebook', 'dgcnn_1.', 'dgcnn_2.')),
 }
@@ -148,10 +150,12 @@ def is_pretraining(state: Mapping) -> bool:
 
 
 def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool | str = True,
-               skip_head: bool | str = False, name: str | None = None) -> LoadReport:
+               skip_head: bool | str = False, name: str | None = None,
+               parts: Sequence[str] | None = None) -> LoadReport:
     """Load plain weights into ``model``: ours, or those of a known project (recognised by their names).
 
-    Of a pretraining model's weights, a task model takes the backbone; the rest is reported as skipped.
+    Of a pretraining model's weights, a task model takes the backbone; the rest is reported as skipped. Blocks of a ViT
+    fit into a point transformer, and the other way round: ``parts``.
 
     Args:
         source: a checkpoint's path, or its content.
@@ -160,18 +164,24 @@ def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool | st
             but allows a pretraining model's weights to lack the head and the class token.
         skip_head: leave the head as it is: ``True``, or ``'mismatched'`` where it is of another form or shape.
         name: what to call the source in messages; by default its path.
+        parts: load these parts of the model alone, e.g. ``['backbone.blocks', 'backbone.norm']``; all of each must be
+            there. The rest is reported as skipped.
 
     Returns:
         a :class:`LoadReport`; it is logged as well where something may have been left out.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not a checkpoint, weights of another model (nothing is loaded).
+        FileNotFoundError, ValueError: no such file, not a checkpoint, weights of another model (nothing is loaded), a
+            part that the model or the source does not have.
+        TypeError: ``parts`` is one string.
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else 'the given weights')
     state = state_dict_of(source, name)
     own = model.state_dict()
     layout, state = _recognise(state, own)
     state, extras = _without_pretraining(state, own)
+    if parts is not None:
+        return _load_parts(model, state, layout, parts, name)
     partial = not strict or (strict == 'transfer' and bool(extras))
     state, skipped = _without_head(state, own, skip_head, name)
     matched = [key for key in own if key in state]
@@ -188,6 +198,31 @@ def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool | st
         raise ValueError(f'{name} has other shapes than the model: {" ".join(str(error).split())}') from None
     if partial:
         print_log(f'{name}: {report}', logger='current')
+    return report
+
+
+def _load_parts(model: nn.Module, state: dict, layout: str, parts: Sequence[str], name: str) -> LoadReport:
+    """The tensors of some parts of ``model``, all of them."""
+    if isinstance(parts, str):
+        raise TypeError(f"parts is a list of names such as ['backbone.blocks'], got the string {parts!r}")
+    own = model.state_dict()
+    _refuse_expanded(state, own, name)
+    chosen = {part: [key for key in own if key == part or key.startswith(f'{part}.')] for part in parts}
+    for part, keys in chosen.items():
+        if not keys:
+            raise ValueError(f'{name}: the model has no part {part!r}; '
+                             f'{nearest(part, {key.rpartition(".")[0] for key in own} | {*own})}')
+    wanted = [key for keys in chosen.values() for key in keys]
+    missing = [key for key in wanted if key not in state]
+    other = [key for key in wanted if key in state and state[key].shape not in (own[key].shape, own[key].shape[1:])]
+    if missing or other:
+        shapes = some((f'{key} {tuple(state[key].shape)}, the model {tuple(own[key].shape)}' for key in other), 3)
+        raise ValueError(f'{name} does not fit {", ".join(parts)}: missing: {some(missing, 4)}; of another shape: '
+                         f'{shapes}')
+    model.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    untouched = [key for key in own if key not in wanted]
+    report = LoadReport(layout, wanted, untouched, [], [key for key in state if key not in wanted])
+    print_log(f'{name}: {report}', logger='current')
     return report
 
 

@@ -1,0 +1,16 @@
+# ModelNet10 from the blocks of a ViT that was trained on CIFAR-10; its tokenizer, class token and head start anew. The
+# log says what was loaded. The rest is joint_xs_scratch_modelnet10.py, which is the control.
+_base_ = [
+    '../_base_/runtime.py', '../_base_/models/point-mae_xs_cls.py', '../_base_/datasets/modelnet10-1k.py',
+    '../_base_/schedules/adamw_cosine_xs.py'
+]
+model = dict(
+    backbone=dict(qkv_bias=True, norm_eps=1e-6, pos='first'),
+    pretrained=dict(
+        source='work_dirs/joint_xs_scratch_cifar10/epoch_24.pth', parts=['backbone.blocks', 'backbone.norm']))
+optim_wrapper = dict(
+    optimizer=dict(lr=1e-3),
+    clip_grad=dict(max_norm=1),
+    paramwise_cfg=dict(no_decay=['bias', 'norm', 'token', 'cls_pos']))
+train_cfg = dict(max_epochs=24, val_interval=12)
+train_dataloader = dict(drop_last=False)

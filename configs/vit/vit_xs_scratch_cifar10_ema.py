@@ -1,0 +1,2 @@
+_base_ = ['vit_xs_scratch_cifar10.py', '../_base_/reparam/ema.py']
+default_hooks = dict(ema=_base_.ema_hook)
