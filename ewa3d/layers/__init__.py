@@ -1,4 +1,4 @@
 """Layers: the transformer block, tokenizers and what ``expand`` puts in their place. Importing registers them."""
-from ewa3d.layers import block, experts, image_tokens, partition, tokenizers
+from ewa3d.layers import adapter, block, experts, image_tokens, partition, temporal, tokenizers, video_tokens
 
-__all__ = ['block', 'experts', 'image_tokens', 'partition', 'tokenizers']
+__all__ = ['adapter', 'block', 'experts', 'image_tokens', 'partition', 'temporal', 'tokenizers', 'video_tokens']

@@ -12,7 +12,8 @@ from ewa3d.models import (
     task,
     timm_backbone,
     token_model,
+    video,
 )
 
 __all__ = ['backbone', 'dvae', 'heads', 'masked', 'mixing', 'necks', 'partseg', 'preprocessor', 'propagation', 'task',
-           'timm_backbone', 'token_model']
+           'timm_backbone', 'token_model', 'video']

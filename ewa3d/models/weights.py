@@ -17,8 +17,9 @@ __all__ = ['LAYOUTS', 'Layout', 'LoadReport', 'is_pretraining', 'layouts_of', 'l
 class Layout(NamedTuple):
     """How a project names and nests the weights of one kind of model.
 
-    ``renames`` are prefixes there and here. A state dict is of the layout where all of ``marks`` begin some key and
-    ``absent`` begins none (prefixes there, or such of ours that have none there).
+    ``renames`` are prefixes there and here, ``inner`` parts of what follows a renamed prefix, in this order. A state
+    dict is of the layout where all of ``marks`` begin some key and ``absent`` begins none (prefixes there, or such of
+    ours that have none there).
     """
     kind: str
     task: str
@@ -26,6 +27,7 @@ class Layout(NamedTuple):
     marks: tuple[str, ...]
     absent: tuple[str, ...] = ()
     entry: str = 'base_model'
+    inner: tuple[tuple[str, str], ...] = ()
 
 
 def _at(there: str, here: str, table: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
@@ -63,6 +65,17 @@ LAYOUTS: dict[str, Layout] = {
         'blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.', 'propagation_0.'), entry='model_state_dict'),
     'timm': Layout('timm', 'classifier', (('head.', 'head.layers.0.'), ('', 'backbone.')),
                    ('patch_embed.proj.', 'blocks.0.attn.', 'blocks.0.mlp.'), ('backbone.',)),
+    'zeroi2v': Layout('zeroi2v', 'classifier', (
+        *_at('backbone.', 'backbone.', (
+            ('transformer.resblocks.', 'blocks.'), ('class_embedding', 'cls_token'), ('conv1.', 'patch_embed.proj.'),
+            ('positional_embedding', 'pos_embed'), ('temporal_embedding', 'temporal_embed'), ('ln_pre.', 'norm_pre.'),
+            ('ln_post.', 'norm.'))),
+        ('cls_head.fc_cls.', 'head.layers.0.')), ('backbone.transformer.resblocks.', 'backbone.temporal_embedding'),
+        entry='state_dict', inner=(
+            ('ln_1.', 'norm1.'), ('ln_2.', 'norm2.'), ('attn.in_proj_', 'attn.qkv.'), ('attn.out_proj.', 'attn.proj.'),
+            ('mlp.c_fc.', 'mlp.fc1.'), ('mlp.c_proj.', 'mlp.fc2.'), ('T_Adapter_in.', 'attn.qkv.adapter.'),
+            ('S_Adapter.', 'attn.proj.adapter.'), ('MLP_Adapter_out.', 'mlp.fc2.adapter.'),
+            ('MLP_Adapter.', 'mlp.fc1.adapter.'), ('D_fc1.', 'down.'), ('D_fc2.', 'up.'))),
     'dvae': Layout('dvae', 'tokenizer', tuple((name, name) for name in (
         'encoder.', 'dgcnn_1.', 'codebook', 'dgcnn_2.', 'decoder.')), ('codebook', 'dgcnn_1.', 'dgcnn_2.')),
 }
@@ -71,6 +84,8 @@ _CONVOLUTIONS = ((r'encoder\.(first|second)_conv\.[03]', 3), (r'increase_dim\.0'
                  (r'dgcnn_[12]\.(input_trans|layer5\.0)', 3), (r'dgcnn_[12]\.layer[1-4]\.0', 4),
                  (r'decoder\.final_conv\.[036]', 3), (r'label_conv\.0', 3), (r'propagation_[012]\.mlp_convs\.\d+', 3),
                  (r'dgcnn_pro_[12]\.layer[12]\.0', 4), (r'convs?[123]', 3))
+# Embeddings without batch dimension there: the number of dimensions that they have.
+_EMBEDDINGS = (('class_embedding', 1), ('positional_embedding', 2))
 # What pretraining models have beside the backbone; of their checkpoints only that goes into a task model.
 _PRETRAINING = ('mask_token', 'decoder_pos_embed.', 'decoder.', 'increase_dim.', 'lm_head.', 'cls_head.', 'dvae.',
                 'momentum.', 'queue')
@@ -110,8 +125,8 @@ def rename(state: Mapping[str, Tensor], layout: str, reverse: bool = False) -> d
         for there, here in LAYOUTS[layout].renames:
             old, new = (here, there) if reverse else (there, here)
             if key.startswith(old):
-                name = new + key[len(old):]
-                renamed[name] = _as_convolution(name, value) if reverse else value
+                name = new + _inner(key[len(old):], LAYOUTS[layout].inner, reverse)
+                renamed[name] = _as_there(name, value) if reverse else value
                 break
         else:
             if not reverse:
@@ -119,18 +134,28 @@ def rename(state: Mapping[str, Tensor], layout: str, reverse: bool = False) -> d
     return renamed
 
 
-def _as_convolution(name: str, value: Tensor) -> Tensor:
+def _inner(rest: str, pairs: tuple[tuple[str, str], ...], reverse: bool) -> str:
+    for there, here in reversed(pairs) if reverse else pairs:
+        rest = rest.replace(here, there) if reverse else rest.replace(there, here)
+    return rest
+
+
+def _as_there(name: str, value: Tensor) -> Tensor:
     for pattern, ndim in _CONVOLUTIONS:
         if re.search(rf'(^|\.){pattern}\.weight$', name):
             return value.reshape(*value.shape, *[1] * (ndim - value.ndim))
+    for pattern, ndim in _EMBEDDINGS:
+        if name.endswith(pattern):
+            return value.reshape(value.shape[-ndim:])
     return value
 
 
 def squeezed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with the weights of 1×1 convolutions as those of linear layers, where ``own`` has such."""
+    """``state`` in the shapes of ``own`` where they differ by dimensions of one alone: the weights of 1×1 convolutions
+    as those of linear layers, an embedding without its batch dimension."""
     def fit(key: str, value: Tensor) -> Tensor:
-        ndim = own[key].ndim if key in own else value.ndim
-        return value.reshape(value.shape[:ndim]) if set(value.shape[ndim:]) == {1} else value
+        same = key in own and [n for n in value.shape if n != 1] == [n for n in own[key].shape if n != 1]
+        return value.reshape(own[key].shape) if same else value
     return {key: fit(key, value) for key, value in state.items()}
 
 
