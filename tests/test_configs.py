@@ -9,7 +9,7 @@ from mmengine.registry import DefaultScope
 
 from ewa3d import attach_ewa
 from ewa3d.engine.validate import check_config
-from ewa3d.fusing import image_shape
+from ewa3d.fusing import clip_length, image_shape
 from ewa3d.layers.experts import iter_experts
 from ewa3d.models.build import fill_model
 from ewa3d.registry import MODELS
@@ -41,6 +41,9 @@ def batches_of(cfg: Config) -> list[dict]:
     """What a step is taken on: two generated samples of each kind that the model takes."""
     shape, batches = image_shape(cfg.model.backbone) if 'backbone' in cfg.model else None, []
     samples = [Sample(gt_label=torch.tensor(i)) for i in range(2)]
+    if shape is not None and clip_length(cfg.model.backbone) is not None:
+        clips = [torch.randn(clip_length(cfg.model.backbone), *shape) for _ in range(2)]
+        return [dict(inputs=dict(video=clips), data_samples=samples)]
     if shape is not None:
         batches.append(dict(inputs=dict(img=[torch.randn(shape) for _ in range(2)]), data_samples=samples))
     if shape is None or 'tasks' in cfg.model:
@@ -68,9 +71,11 @@ def test_builds_and_takes_one_step(path):
     fill_model(cfg.model, dict(classes=list('abcde'), parts={name: [i] for i, name in enumerate('abcde')}), 'toy')
     for part in (cfg.model, cfg.model.get('dvae', {})):
         part.pop('pretrained', None)  # another run's result
+    if cfg.model.get('backbone', {}).get('type') == 'TimmVideoBackbone':  # at full width, on a part of the pixels
+        cfg.model.backbone.update(img_size=2 * int(cfg.model.backbone.name.split('patch')[1][:2]), depth=2)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).train()
-    assert any(True for _ in iter_experts(model)) == ('expand' in cfg.model)
+    assert any(True for _ in iter_experts(model)) == any(rule.type == 'EWAFFN' for rule in cfg.model.get('expand', []))
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     handle = None
