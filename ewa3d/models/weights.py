@@ -328,8 +328,8 @@ def _refuse_expanded(state: dict, own: dict, name: str) -> None:
 
 
 def _check(report: LoadReport, own: dict, strict: bool | str, name: str) -> None:
-    backbone = [key for key in own if key.startswith('backbone.')]
-    found = sum(key.startswith('backbone.') for key in report.matched)
+    backbone = [key for key in own if key.startswith('backbone.') and '.adapter.' not in key]  # plain weights have none
+    found = sum(key in backbone for key in report.matched)
     if not report.matched or 2 * found < len(backbone):
         raise ValueError(f'{name} holds the weights of another model: {len(report.matched)} of {len(own)} tensors '
                          f'match. Expected keys such as {some(own)}; found {some(report.unexpected)}')
