@@ -16,6 +16,7 @@ from ewa3d.engine.checkpoint import (
     write_checkpoint,
 )
 from ewa3d.engine.plain import to_plain
+from ewa3d.layers.experts import StackedExperts
 from ewa3d.models.build import fill_from_checkpoint, without_pretrained
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Report, fuse
@@ -167,7 +168,8 @@ def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:
     rules = [rule for rule in ([rules] if isinstance(rules, Mapping) else rules) if rule.get('type') in kept]
     if rules:
         model['expand'] = rules
-        return cfg
+    if any(issubclass(MODELS.get(rule['type']), StackedExperts) for rule in rules):
+        return cfg  # experts that stay are averaged as before
     is_ewa = lambda hook: isinstance(hook, Mapping) and hook.get('type') == 'EWAHook'  # noqa: E731
     for key in ('default_hooks', 'custom_hooks'):
         hooks = cfg.get(key)

@@ -216,6 +216,7 @@ def test_flip():
     results = swap(LoadClip(2)(clip_of()))
     plain = LoadClip(2)(clip_of())
     assert torch.equal(results['img'], plain['img'].flip(-1)) and results['label'] == 2
+    assert type(results['img']) is type(plain['img'])
     assert swap(dict(results))['label'] == 1 and swap(dict(results, label=0))['label'] == 0
     assert torch.equal(ClipFlip(0.)(dict(plain))['img'], plain['img'])
     flips = sum(not torch.equal(ClipFlip()(dict(plain, rng=np.random.default_rng(i)))['img'], plain['img'])

@@ -233,13 +233,16 @@ def test_fuse_tool(tmp_path):
     tokenizer = dict(type='VideoPatchEmbed', img_size=8, patch_size=4, num_frames=3)
     cfg = dict(type='TaskModel', backbone=encoder(tokenizer), neck=dict(type='ClipPool'),
                head=dict(type='I3DHead', num_classes=3), expand=[STDHA_RULE, *ADAPTERS], trainable=TRAINABLE)
+    hooks = dict(ewa=dict(type='EWAHook'), timer=dict(type='IterTimerHook'))
     model, video = build(cfg), torch.randn(2, 3, 3, 8, 8)
     train(model, dict(video=video))
-    write_checkpoint(tmp_path / 'a.pth', model.state_dict(), dict(cfg=dict(model=copy.deepcopy(cfg))))
+    write_checkpoint(tmp_path / 'a.pth', model.state_dict(), dict(cfg=dict(model=copy.deepcopy(cfg),
+                                                                              default_hooks=hooks)))
     report = fuse_checkpoint(tmp_path / 'a.pth', tmp_path / 'b.pth')
     assert report.written and report.fused == 8 and report.kept == 2
     plain = read_checkpoint(tmp_path / 'b.pth')['meta']['cfg']
     assert [rule['type'] for rule in plain['model']['expand']] == ['STDHA'] and 'trainable' not in plain['model']
+    assert list(plain['default_hooks']) == ['timer']
     fused = build(plain, tmp_path / 'b.pth')
     torch.testing.assert_close(fused(dict(video=video)), model.eval()(dict(video=video)), rtol=1e-4, atol=1e-5)
 

@@ -253,7 +253,9 @@ class ClipFlip:
 
     def __call__(self, results: dict) -> dict:
         if rng_of(results).random() < self.p:
-            results['img'] = results['img'].flip(-1)
+            from torchvision import tv_tensors
+            img = results['img']
+            results['img'] = tv_tensors.wrap(img.flip(-1), like=img)  # still a video to the transforms that follow
             if results.get('label') is not None:
                 results['label'] = self.swap.get(int(results['label']), results['label'])
         return results
