@@ -16,6 +16,7 @@ from ewa3d.engine.checkpoint import (
     write_checkpoint,
 )
 from ewa3d.engine.plain import to_plain
+from ewa3d.layers.experts import StackedExperts
 from ewa3d.models.build import fill_from_checkpoint, without_pretrained
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Report, fuse
@@ -163,14 +164,16 @@ def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:
     the hook; those that fuse to a form of their own build that one."""
     cfg = copy.deepcopy(dict(cfg))
     model = cfg['model'] = without_pretrained(cfg['model'])
+    model.pop('trainable', None)  # adapters by name, which are gone
     rules = model.pop('expand', None) or []
     rules = [rules] if isinstance(rules, Mapping) else rules
-    left = [rule if rule.get('type') in kept else dict(rule, fused=True) for rule in rules
-            if rule.get('type') in kept or _has_fused_form(rule.get('type'))]
+    stay = [rule for rule in rules if rule.get('type') in kept]
+    left = [rule if rule in stay else dict(rule, fused=True) for rule in rules
+            if rule in stay or _has_fused_form(rule.get('type'))]
     if left:
         model['expand'] = left
-    if any(rule.get('type') in kept for rule in rules):
-        return cfg
+    if any(issubclass(MODELS.get(rule['type']), StackedExperts) for rule in stay):
+        return cfg  # experts that stay are averaged as before
     is_ewa = lambda hook: isinstance(hook, Mapping) and hook.get('type') == 'EWAHook'  # noqa: E731
     for key in ('default_hooks', 'custom_hooks'):
         hooks = cfg.get(key)
@@ -194,8 +197,12 @@ def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str
           tokenizer.
         - ``category``: ``(batch_size,)`` int64, where the neck is told.
         - ``img``: ``(batch_size, C, H, W)``, from the backbone, where it is for images.
+        - ``video``: ``(batch_size, T, C, H, W)``, where it is for clips; ``points`` then ``(batch_size, T, N, 3 + F)``.
     """
     shape = image_shape(cfg['model'].get('backbone') or {})
+    frames = clip_length(cfg['model'].get('backbone') or {})
+    if frames is not None:
+        return _clips(cfg, shape, frames, batch_size, seed)
     if shape is None:
         return _clouds(cfg, batch_size, seed)
     img = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(seed))
@@ -205,16 +212,32 @@ def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str
 
 def image_shape(backbone: Mapping) -> tuple[int, int, int] | None:
     """``(C, H, W)`` of the images that a backbone's config takes; ``None`` where it takes none."""
-    if backbone.get('type') == 'TimmBackbone':
+    if backbone.get('type') in ('TimmBackbone', 'TimmVideoBackbone'):
         from timm.models import get_pretrained_cfg
         channels, *size = getattr(get_pretrained_cfg(str(backbone.get('name'))), 'input_size', (3, 224, 224))
         size, channels = backbone.get('img_size') or size, backbone.get('in_chans', channels)
     else:
-        found = [v for _, v in _items({'': backbone}) if isinstance(v, Mapping) and v.get('type') == 'ImagePatchEmbed']
+        found = [v for _, v in _items({'': backbone}) if isinstance(v, Mapping)
+                 and v.get('type') in ('ImagePatchEmbed', 'VideoPatchEmbed')]
         if not found:
             return None
         size, channels = found[0].get('img_size', 224), found[0].get('in_channels', 3)
     return (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
+
+
+def clip_length(backbone: Mapping) -> int | None:
+    """The number of frames of the clips that a backbone's config takes; ``None`` where it takes single ones."""
+    clips = [v for _, v in _items({'': backbone}) if isinstance(v, Mapping)
+             and v.get('type') in ('TimmVideoBackbone', 'VideoPatchEmbed', 'PointClipEmbed')]
+    return clips[0].get('num_frames', 8) if clips else None
+
+
+def _clips(cfg: Mapping, shape: tuple[int, int, int] | None, frames: int, batch_size: int, seed: int) -> dict:
+    if shape is None:
+        clouds = _clouds(cfg, batch_size * frames, seed)
+        return dict(clouds, points=clouds['points'].unflatten(0, (batch_size, frames)))
+    generator = torch.Generator().manual_seed(seed)
+    return dict(video=torch.randn(batch_size, frames, *shape, generator=generator))
 
 
 def _clouds(cfg: Mapping, batch_size: int, seed: int) -> dict[str, Tensor]:

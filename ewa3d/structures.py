@@ -34,9 +34,11 @@ class Tokens(NamedTuple):
         - x: ``(B, L, C)`` token features.
         - pos: ``(B, L, C)`` positional embedding, added by the backbone.
         - coord: ``(B, L, D)`` where each token sits (group centres, patch grid).
+        - prefix_pos: ``(B, 1, C)`` added to the position of the encoder's own tokens, or ``None``; of clips.
         - target: what a masked model reconstructs, ``(B, L, K, D)`` for points (local coordinates), or ``None``.
     """
     x: Tensor
     pos: Tensor
     coord: Tensor
     target: Tensor | None = None
+    prefix_pos: Tensor | None = None

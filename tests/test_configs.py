@@ -9,7 +9,7 @@ from mmengine.registry import DefaultScope
 
 from ewa3d import attach_ewa
 from ewa3d.engine.validate import check_config
-from ewa3d.fusing import image_shape
+from ewa3d.fusing import clip_length, image_shape
 from ewa3d.models.build import fill_model
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Reparam
@@ -49,6 +49,9 @@ def batches_of(cfg: Config, points: int | None = None) -> list[dict]:
     """What a step is taken on: two generated samples of each kind that the model takes."""
     shape, batches = image_shape(cfg.model.backbone) if 'backbone' in cfg.model else None, []
     samples = [Sample(gt_label=torch.tensor(i)) for i in range(2)]
+    if shape is not None and clip_length(cfg.model.backbone) is not None:
+        clips = [torch.randn(clip_length(cfg.model.backbone), *shape) for _ in range(2)]
+        return [dict(inputs=dict(video=clips), data_samples=samples)]
     if shape is not None:
         batches.append(dict(inputs=dict(img=[torch.randn(shape) for _ in range(2)]), data_samples=samples))
     if shape is None or 'tasks' in cfg.model:
@@ -122,6 +125,8 @@ def test_builds_and_takes_one_step(path):
     detects = cfg.model.get('head', {}).get('type') == 'DETRHead'
     if detects:
         make_smaller(cfg.model)
+    if cfg.model.get('backbone', {}).get('type') == 'TimmVideoBackbone':  # at full width, on a part of the pixels
+        cfg.model.backbone.update(img_size=2 * int(cfg.model.backbone.name.split('patch')[1][:2]), depth=2)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).train()
     assert any(isinstance(module, Reparam) for module in model.modules()) == ('expand' in cfg.model)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from toys import MODELS as TOY_MODELS
-from toys import make_model, train_steps
+from toys import PLACES, make_model, train_steps
 
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Reparam, expand, fuse
@@ -17,9 +17,9 @@ def _reparams() -> list[str]:
     return sorted(name for name, cls in classes.items() if issubclass(cls, Reparam))
 
 
-TWO_LINEAR_MAPS = {'own, ours', 'timm ViT', 'torchvision ViT'}  # the FFNs that have idle channels
-CASES = [(name, model) for name in _reparams() for model in TOY_MODELS
-         if name != 'RePaFFN' or model in TWO_LINEAR_MAPS]
+# RePaFFN: the FFNs that have idle channels are two linear maps.
+FITTING = dict(PLACES, RePaFFN=('own, ours', 'timm ViT', 'torchvision ViT'))
+CASES = [(name, model) for name in _reparams() for model in FITTING.get(name, TOY_MODELS)]
 
 
 def test_the_registry_has_reparams():
@@ -31,7 +31,8 @@ def case(request):
     name, model_name = request.param
     model, at, x = make_model(model_name)
     train_steps(model, x, steps=1)  # so that norms and buffers are not at their defaults
-    return MODELS.get(name), model, dict(type=name, at=at, every=2), x
+    at, cfg = PLACES.get(name, {}).get(model_name, (at, {}))
+    return MODELS.get(name), model, dict(type=name, at=at, every=2, **cfg), x
 
 
 def test_expand_keeps_the_function(case):

@@ -6,7 +6,8 @@ from torch import nn
 
 from ewa3d.layers.block import Mlp
 
-__all__ = ['FFNS', 'MODELS', 'HandWritten', 'BatchNormFFN', 'make_ffn', 'make_model', 'train_steps', 'scramble']
+__all__ = ['FFNS', 'MODELS', 'PLACES', 'HandWritten', 'BatchNormFFN', 'make_ffn', 'make_model', 'train_steps',
+           'scramble']
 
 
 class HandWritten(nn.Module):
@@ -115,6 +116,19 @@ MODELS = {  # name -> (function, where its FFNs are)
     'timm ViT SwiGLU': (lambda: _timm_vit(mlp_layer='SwiGLU'), 'blocks.*.mlp'),
     'timm ViT GLU': (lambda: _timm_vit(mlp_layer='GluMlp'), 'blocks.*.mlp'),
     'torchvision ViT': (_torchvision_vit, 'encoder.layers.*.mlp'),
+}
+
+
+PLACES = {  # Reparams that do not go over FFNs -> model -> where, and the rest of the rule
+    'LinearAdapter': {
+        'own, ours': ('blocks.*.mlp.fc1', dict(scale=0.7)),
+        'timm ViT': ('blocks.*.attn.qkv', dict(rank=3)),
+        'timm ViT GLU': ('blocks.*.mlp.fc2', dict(position='after', ratio=0.5, dropout=0.)),
+        'torchvision ViT': ('encoder.layers.*.mlp.3', dict(position='after')),
+    },
+    'STDHA': {
+        'timm ViT': ('blocks.*.attn', dict(offsets=[1, -1], num_frames=2)),
+    },
 }
 
 

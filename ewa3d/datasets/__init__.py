@@ -1,5 +1,6 @@
 """Data sets and transforms; importing this package registers them."""
 from ewa3d.datasets.base import PointDataset
+from ewa3d.datasets.clips import ClipFlip, LoadClip, PackClip, ThreeCrop
 from ewa3d.datasets.fewshot import FewShot
 from ewa3d.datasets.folder import FolderPointCloud
 from ewa3d.datasets.image_transforms import ImageTransforms, PackImage
@@ -26,10 +27,12 @@ from ewa3d.datasets.transforms import (
     Resample,
     UpAxis,
 )
+from ewa3d.datasets.videos import MovingShapes, VideoDataset
 
 __all__ = ['PointDataset', 'FewShot', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55', 'ShapeNetPart',
            'SyntheticShapes', 'KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift',
            'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack', 'FolderScenes', 'ScanNetDetection', 'SUNRGBDDetection',
            'SyntheticScenes', 'AddHeight', 'PackBoxes', 'RandomCuboid', 'SceneFlip', 'SceneRotate', 'SceneScale',
            'CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset', 'ImageFolder', 'ImageNet', 'ImageTransforms', 'PackImage',
-           'MixedBatches', 'MixedDataset', 'MixedSampler', 'RepeatedSampler']
+           'MixedBatches', 'MixedDataset', 'MixedSampler', 'RepeatedSampler', 'ClipFlip', 'LoadClip', 'PackClip',
+           'ThreeCrop', 'MovingShapes', 'VideoDataset']

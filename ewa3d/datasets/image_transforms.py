@@ -122,15 +122,25 @@ class PackImage:
                                for v in (mean, std))
 
     def __call__(self, results: dict) -> dict:
-        img = image_tensor(results['img'])
-        if self.mean is not None:
-            if len(img) != len(self.mean):
-                raise ValueError(f'PackImage: mean has {len(self.mean)} values, the image {len(img)} channels')
-            img = (img - self.mean) / self.std
-        sample = Sample(metainfo={key: results[key] for key in ('name', 'index') if key in results})
-        if results.get('label') is not None:
-            sample.gt_label = torch.tensor(int(results['label']))
-        return {'inputs': dict(img=img), 'data_samples': sample}
+        img = self.normalise(image_tensor(results['img']))
+        return {'inputs': dict(img=img), 'data_samples': label_sample(results)}
+
+    def normalise(self, img: torch.Tensor) -> torch.Tensor:
+        """``(..., C, H, W)``, kept, by ``mean`` and ``std`` where they are given."""
+        if self.mean is None:
+            return img
+        if img.shape[-3] != len(self.mean):
+            raise ValueError(f'{type(self).__name__}: mean has {len(self.mean)} values, the image {img.shape[-3]} '
+                             'channels')
+        return (img - self.mean) / self.std
+
+
+def label_sample(results: dict) -> Sample:
+    """A sample with the label, where there is one, and ``name`` and ``index`` as metainfo."""
+    sample = Sample(metainfo={key: results[key] for key in ('name', 'index') if key in results})
+    if results.get('label') is not None:
+        sample.gt_label = torch.tensor(int(results['label']))
+    return sample
 
 
 def image_tensor(img) -> torch.Tensor:

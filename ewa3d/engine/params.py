@@ -13,7 +13,7 @@ from ewa3d.checks import check_number
 from ewa3d.layers.experts import iter_experts
 from ewa3d.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, nearest
 
-__all__ = ['NO_DECAY', 'ParamGroups', 'layer_numbers', 'param_groups']
+__all__ = ['NO_DECAY', 'ParamGroups', 'freeze', 'layer_numbers', 'param_groups']
 
 NO_DECAY = ('bias', 'norm', 'token')
 """The names that Point-MAE leaves without decay (besides everything one-dimensional); its ``cls_pos`` decays."""
@@ -86,6 +86,35 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
             for layer in range(top + 1) for kind in KINDS if (layer, kind) in groups]
 
 
+def freeze(model: nn.Module, trainable: Iterable[str]) -> list[str]:
+    """Train the parameters that ``trainable`` covers and freeze all others: no gradient, no decay, no step.
+
+    A frozen backbone with adapters, its final norm and the head (ZeroI2V)::
+
+        freeze(model, ['adapter', 'temporal_embed', 'backbone.norm.*', 'head'])
+
+    Call it before the optimizer and DDP are made; ``TaskModel(trainable=[...])`` does. Running statistics of frozen
+    batch norms are no parameters and go on.
+
+    Args:
+        trainable: whole words of parameters' names, as ``no_decay`` of :func:`param_groups`. (``'backbone.norm'`` would
+            cover ``backbone.norm_pre``, too; ``'backbone.norm.*'`` does not.)
+
+    Returns:
+        The names of the parameters that are trained.
+
+    Raises:
+        TypeError: ``trainable`` is one string. ValueError: a name that matches no parameter.
+    """
+    if isinstance(trainable, str):
+        raise TypeError(f'trainable is a list of names, got the string {trainable!r}')
+    parameters = dict(model.named_parameters())
+    chosen = _covered([*parameters], tuple(trainable), 'trainable')
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    return [name for name in parameters if name in chosen]
+
+
 def layer_numbers(model: nn.Module) -> dict[str, int]:
     """The layer of every parameter, in the order in which the model names them: 0 before its first block, then the
     blocks' 1, 2, … (through all stages of a Swin), and one more behind the last: the final norm, neck and head.
@@ -128,15 +157,15 @@ def _spared_by_modules(model: nn.Module) -> set[str]:
     return spared
 
 
-def _covered(names: list[str], patterns: tuple[str, ...]) -> set[str]:
+def _covered(names: list[str], patterns: tuple[str, ...], key: str = 'no_decay') -> set[str]:
     """The names in which a pattern stands as whole words; words end at dots, underscores and digits."""
     covered = set()
     for pattern in patterns:
         words = re.compile(rf'(^|[._]){re.escape(pattern)}\d*($|[._])'.replace(r'\*', '[^.]*'))
         hits = {name for name in names if words.search(name)}
-        if not hits and pattern not in NO_DECAY:
+        if not hits and (key != 'no_decay' or pattern not in NO_DECAY):
             parts = {part for name in names for part in name.split('.')}
-            raise ValueError(f'no_decay name {pattern!r} matches no parameter; {nearest(pattern, parts)}')
+            raise ValueError(f'{key} name {pattern!r} matches no parameter; {nearest(pattern, parts)}')
         covered |= hits
     return covered
 

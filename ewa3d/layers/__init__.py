@@ -1,5 +1,6 @@
 """Layers: the transformer block, tokenizers and what ``expand`` puts in their place. Importing registers them."""
 from ewa3d.layers import (
+    adapter,
     block,
     experts,
     fusion,
@@ -9,8 +10,10 @@ from ewa3d.layers import (
     repa,
     residual,
     set_abstraction,
+    temporal,
     tokenizers,
+    video_tokens,
 )
 
-__all__ = ['block', 'experts', 'fusion', 'image_tokens', 'moe', 'partition', 'repa', 'residual', 'set_abstraction',
-           'tokenizers']
+__all__ = ['adapter', 'block', 'experts', 'fusion', 'image_tokens', 'moe', 'partition', 'repa', 'residual',
+           'set_abstraction', 'temporal', 'tokenizers', 'video_tokens']

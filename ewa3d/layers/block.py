@@ -183,14 +183,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, pos: Tensor | None = None,
                 context: Tensor | None = None, context_pos: Tensor | None = None) -> Tensor:
-        B, L, C = x.shape
         if pos is None and context is None:
-            q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = self.split_heads(x).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             q, k, v = self._separate(x, pos, *((x, pos) if context is None else (context, context_pos)))
+        return self.mix(q, k, v, attn_mask, is_causal)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: ``(B, L, dim)`` to ``(B, L, 3, heads, D)``."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Attention and projection: ``(B, heads, L, D)`` each to ``(B, L, dim)``."""
         x = attend(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal,
-                   dropout_p=self.attn_drop.p if self.training else 0.)  # (B, heads, L, head_dim)
-        return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).reshape(B, L, C))))
+                   dropout_p=self.attn_drop.p if self.training else 0.)  # (B, heads, L, D)
+        return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))
 
     def _separate(self, x: Tensor, pos: Tensor | None, source: Tensor, source_pos: Tensor | None) -> list[Tensor]:
         """Queries, keys and values ``(B, heads, L or S, head_dim)`` of different inputs."""

@@ -13,7 +13,8 @@ from ewa3d.models import (
     task,
     timm_backbone,
     token_model,
+    video,
 )
 
 __all__ = ['backbone', 'detection', 'dvae', 'heads', 'masked', 'mixing', 'necks', 'partseg', 'preprocessor',
-           'propagation', 'task', 'timm_backbone', 'token_model']
+           'propagation', 'task', 'timm_backbone', 'token_model', 'video']

@@ -163,7 +163,7 @@ class TokenEncoder(TransformerStack):
         return (self.tokenizer if modality is None else self.tokenizer[modality])(inputs)
 
     def encode(self, x: Tensor, pos: Tensor, out_indices: Sequence[int] = (), norm: bool = True,
-               modality: str | None = None):
+               modality: str | None = None, prefix_pos: Tensor | None = None):
         """Features of tokens ``x`` at ``pos``; a masked model passes a part of the tokens.
 
         Args:
@@ -171,6 +171,7 @@ class TokenEncoder(TransformerStack):
                 the output of each of these blocks, in this order.
             norm: apply the final norm, which all outputs share.
             modality: of the tokens, where there are several tokenizers.
+            prefix_pos: ``(B, 1, C)``, added to the position of the class token.
 
         Shape:
             - x, pos ``(B, L, C)``; returns ``(B, num_prefix_tokens + L, C)`` or a tuple of such.
@@ -184,6 +185,7 @@ class TokenEncoder(TransformerStack):
         if self.num_prefix_tokens:
             token, at = (p if modality is None else p[modality] for p in (self.cls_token, self.cls_pos))
             x = torch.cat([token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
+            at = at if prefix_pos is None else at + prefix_pos
             pos = torch.cat([at.expand(pos.shape[0], -1, -1).to(pos.dtype), pos], 1)
         if modality is not None:
             select_modality(self._own_norms(), modality)
@@ -199,7 +201,8 @@ class TokenEncoder(TransformerStack):
 
     def forward(self, inputs, out_indices: Sequence[int] = ()):
         tokens = self.tokenize(inputs)
-        return self.encode(tokens.x, tokens.pos, out_indices, modality=self.modality_of(inputs))
+        return self.encode(tokens.x, tokens.pos, out_indices, modality=self.modality_of(inputs),
+                           prefix_pos=tokens.prefix_pos)
 
 
 def _tokenizer(cfg: Mapping | nn.Module, embed_dim: int) -> nn.Module:

@@ -38,7 +38,8 @@ class ExpandableModel(BaseModel):
         self.register_forward_pre_hook(_begin)
         self.register_forward_hook(_add_routing, with_kwargs=True)
 
-    def finish(self, pretrained: str | dict | None = None, expand: Sequence[dict] | None = None) -> None:
+    def finish(self, pretrained: str | dict | None = None, expand: Sequence[dict] | None = None,
+               trainable: Sequence[str] | None = None) -> None:
         """The end of a constructor.
 
         Args:
@@ -46,6 +47,7 @@ class ExpandableModel(BaseModel):
                 A path alone loads what fits of the backbone, and a head only where it fits. The report is kept as
                 ``load_report``. Weights of expanded modules are loaded after expanding, and go on as they were.
             expand: rules for :func:`ewa3d.expand`; the report is kept as ``expand_report``.
+            trainable: names of what is trained, where the rest is frozen: see :func:`ewa3d.engine.params.freeze`.
         """
         options = _load_options(pretrained)
         experts = bool(options and expand and _is_expanded(options['source'], self.state_dict(), expand))
@@ -56,6 +58,9 @@ class ExpandableModel(BaseModel):
             self.expand_report = expand_modules(self, expand)
         if experts:
             self.load_report = load_plain(self, **options)
+        if trainable is not None:
+            from ewa3d.engine.params import freeze
+            freeze(self, trainable)
         self._is_init = True
 
     def init_weights(self) -> None:

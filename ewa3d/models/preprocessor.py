@@ -39,7 +39,7 @@ class Preprocessor(BaseDataPreprocessor):
                 if item.shape != shape:
                     raise ValueError(f'{name} of one batch must have one shape: {_name(samples, i)} has '
                                      f'{tuple(item.shape)}, {_name(samples, 0)} has {tuple(shape)}; '
-                                     f'add a {"Resize or crop" if name == "img" else "Resample"} transform to the '
+                                     f'add a {"Resample" if name == "points" else "Resize or crop"} transform to the '
                                      'pipeline')
             value = torch.stack(list(value))
         if value.device.type == 'cpu' and not torch.isfinite(value.sum()):  # the sum is quick; it may overflow

@@ -3,6 +3,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from ewa3d.layers.temporal import bind_frames
+from ewa3d.layers.video_tokens import frames_of_backbone
 from ewa3d.models.base import ExpandableModel, build_module, check_mode, inputs_of
 from ewa3d.models.tasks import build_branch, build_tasks, features_by_task, tasks_of_batch
 from ewa3d.registry import MODELS
@@ -17,10 +19,10 @@ class TaskModel(ExpandableModel):
 
     Args:
         backbone, neck, head: modules or configs. What follows from another part is filled in where a config leaves it
-            out: the neck's ``num_prefix_tokens``, ``embed_dim``, ``in_channels`` and ``skip_origin``, the head's
-            ``in_channels``. A neck with ``out_indices`` is given the features of these blocks, where the tokens sit,
-            and the inputs.
-        expand, pretrained: see :meth:`ExpandableModel.finish`.
+            out: the neck's ``num_prefix_tokens``, ``embed_dim``, ``in_channels``, ``skip_origin`` and ``num_frames``,
+            the head's ``in_channels``, the ``num_frames`` of every STDHA. A neck with ``out_indices`` is given the
+            features of these blocks, where the tokens sit, and the inputs.
+        expand, pretrained, trainable: see :meth:`ExpandableModel.finish`.
         data_preprocessor: ``Preprocessor`` unless given.
         tasks: instead of one neck and head, several by name: ``name → dict(head, neck=None, modality=None, data=name,
             loss_weight=1.0)``. ``modality`` is the name of the backbone's tokenizer, ``data`` the source of a
@@ -28,8 +30,8 @@ class TaskModel(ExpandableModel):
             learn from it. Losses and metrics have the task's name in front, ``cifar10/loss_cls``.
 
     Shape:
-        - inputs ``dict(points=(B, N, 3 + F))`` or ``dict(img=(B, C, H, W))``, and what else the neck asks for
-          (``category=(B,)``).
+        - inputs ``dict(points=(B, N, 3 + F))`` or ``dict(img=(B, C, H, W))``, of clips ``(B, T, N, 3 + F)`` or
+          ``dict(video=(B, T, C, H, W))``, and what else the neck asks for (``category=(B,)``).
         - returns the head's raw output (``mode='tensor'``; with tasks a dict of those whose modality is given), a dict
           of losses (``'loss'``) or samples (``'predict'``).
 
@@ -41,7 +43,7 @@ class TaskModel(ExpandableModel):
     def __init__(self, backbone: dict | nn.Module, neck: dict | nn.Module | None = None,
                  head: dict | nn.Module | None = None, expand: Sequence[dict] | None = None,
                  pretrained: str | dict | None = None, data_preprocessor: dict | nn.Module | None = None,
-                 tasks: dict | None = None):
+                 tasks: dict | None = None, trainable: Sequence[str] | None = None):
         super().__init__(data_preprocessor)
         self.backbone = build_module(backbone)
         self.tasks = None
@@ -54,7 +56,8 @@ class TaskModel(ExpandableModel):
             raise ValueError(f'TaskModel: the backbone has tokenizers for {", ".join(self.backbone.modalities)}; which '
                              'task sees which is said by tasks=dict(name=dict(modality=…, head=…))')
         self.neck, self.head = build_branch(self.backbone, neck, head) if tasks is None else (None, None)
-        self.finish(pretrained, expand)
+        self.finish(pretrained, expand, trainable)
+        bind_frames(self, frames_of_backbone(self.backbone))
 
     def extract(self, points: Tensor | dict) -> Tensor | dict[str, Tensor]:
         """The head's input, of ``points`` ``(B, N, 3 + F)`` or of ``dict(points=...)``: pooled features, those of

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ewa3d.checks import check_number
+from ewa3d.layers.video_tokens import frames_of_backbone
 from ewa3d.models.base import build_module
 from ewa3d.registry import nearest
 from ewa3d.structures import Sample
@@ -36,7 +37,8 @@ def build_branch(backbone: nn.Module, neck: dict | nn.Module | None, head: dict 
     tokenizer = tokenizer[modality] if modality is not None else tokenizer
     neck = build_module(neck, num_prefix_tokens=getattr(backbone, 'num_prefix_tokens', 0),
                         embed_dim=backbone.embed_dim, in_channels=getattr(tokenizer, 'in_channels', 3),
-                        skip_origin=getattr(tokenizer, 'skip_origin', False))
+                        skip_origin=getattr(tokenizer, 'skip_origin', False),
+                        num_frames=frames_of_backbone(backbone))
     width = backbone.embed_dim
     if hasattr(neck, 'out_channels'):
         width = neck.out_channels(width)

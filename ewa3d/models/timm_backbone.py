@@ -87,7 +87,8 @@ class TimmBackbone(nn.Module):
         coord = grid_coordinates(model.patch_embed.grid_size).to(x)
         return Tokens(x, pos.expand(len(x), -1, -1), coord.expand(len(x), -1, -1))
 
-    def encode(self, x: Tensor, pos: Tensor, out_indices: Sequence[int] = (), norm: bool = True):
+    def encode(self, x: Tensor, pos: Tensor, out_indices: Sequence[int] = (), norm: bool = True,
+               prefix_pos: Tensor | None = None):
         """Features of tokens ``x`` at ``pos``, of all patches or of some; see :meth:`TokenEncoder.encode`.
 
         Raises:
@@ -103,6 +104,7 @@ class TimmBackbone(nn.Module):
             prefix = torch.cat(prefix, 1)
             if model.pos_embed is not None and not model.no_embed_class:
                 prefix = prefix + model.pos_embed[:, :prefix.shape[1]]
+            prefix = prefix if prefix_pos is None else prefix + prefix_pos
             x = torch.cat([prefix.expand(len(x), -1, -1).to(x.dtype), x], 1)
         x = model.norm_pre(model.pos_drop(x))
         outputs = {}

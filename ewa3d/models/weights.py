@@ -17,8 +17,9 @@ __all__ = ['LAYOUTS', 'Layout', 'LoadReport', 'is_pretraining', 'layouts_of', 'l
 class Layout(NamedTuple):
     """How a project names and nests the weights of one kind of model.
 
-    ``renames`` are prefixes there and here, with ``*`` for a number. A state dict is of the layout where all of
-    ``marks`` begin some key and ``absent`` begins none (prefixes there, or such of ours that have none there).
+    ``renames`` are prefixes there and here, with ``*`` for a number, ``inner`` parts of what follows a renamed prefix,
+    in this order. A state dict is of the layout where all of ``marks`` begin some key and ``absent`` begins none
+    (prefixes there, or such of ours that have none there).
     """
     kind: str
     task: str
@@ -26,6 +27,7 @@ class Layout(NamedTuple):
     marks: tuple[str, ...]
     absent: tuple[str, ...] = ()
     entry: str = 'base_model'
+    inner: tuple[tuple[str, str], ...] = ()
 
 
 def _at(there: str, here: str, table: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
@@ -74,6 +76,17 @@ LAYOUTS: dict[str, Layout] = {
         ('queue', 'queue')), ('transformer_q.blocks.blocks.', 'transformer_q.lm_head.')),
     'point_bert_partseg': Layout('point-bert', 'part-segmentation', _BERT_PARTS, (
         'blocks.blocks.', 'reduce_dim.', 'dgcnn_pro_1.', 'propagation_0.'), entry='model_state_dict'),
+    'zeroi2v': Layout('zeroi2v', 'classifier', (
+        *_at('backbone.', 'backbone.', (
+            ('transformer.resblocks.', 'blocks.'), ('class_embedding', 'cls_token'), ('conv1.', 'patch_embed.proj.'),
+            ('positional_embedding', 'pos_embed'), ('temporal_embedding', 'temporal_embed'), ('ln_pre.', 'norm_pre.'),
+            ('ln_post.', 'norm.'))),
+        ('cls_head.fc_cls.', 'head.layers.0.')), ('backbone.transformer.resblocks.', 'backbone.temporal_embedding'),
+        entry='state_dict', inner=(
+            ('ln_1.', 'norm1.'), ('ln_2.', 'norm2.'), ('attn.in_proj_', 'attn.qkv.'), ('attn.out_proj.', 'attn.proj.'),
+            ('mlp.c_fc.', 'mlp.fc1.'), ('mlp.c_proj.', 'mlp.fc2.'), ('T_Adapter_in.', 'attn.qkv.adapter.'),
+            ('S_Adapter.', 'attn.proj.adapter.'), ('MLP_Adapter_out.', 'mlp.fc2.adapter.'),
+            ('MLP_Adapter.', 'mlp.fc1.adapter.'), ('D_fc1.', 'down.'), ('D_fc2.', 'up.'))),
     'dvae': Layout('dvae', 'tokenizer', tuple((name, name) for name in (
         'encoder.', 'dgcnn_1.', 'codebook', 'dgcnn_2.', 'decoder.')), ('codebook', 'dgcnn_1.', 'dgcnn_2.')),
     '3detr': Layout('3detr', 'detection', _DETR, (
@@ -94,6 +107,8 @@ _CONVOLUTIONS = ((r'encoder\.(first|second)_conv\.[03]', 3), (r'increase_dim\.0'
                  (r'dgcnn_pro_[12]\.layer[12]\.0', 4), (r'convs?[123]', 3),
                  (r'(pre_encoder|interim_downsampling)\.mlp_module\.layer\d+\.conv', 4),
                  (r'(\w+_projection|mlp_heads\.\w+)\.layers\.\d+', 3))
+# Embeddings without batch dimension there: the number of dimensions that they have.
+_EMBEDDINGS = (('class_embedding', 1), ('positional_embedding', 2))
 # What pretraining models have beside the backbone; of their checkpoints only that goes into a task model.
 _PRETRAINING = ('mask_token', 'decoder_pos_embed.', 'decoder.', 'increase_dim.', 'lm_head.', 'cls_head.', 'dvae.',
                 'momentum.', 'queue')
@@ -130,45 +145,55 @@ def rename(state: Mapping[str, Tensor], layout: str, reverse: bool = False) -> d
         raise KeyError(f'{layout!r} is no known weight layout; {nearest(layout, LAYOUTS)}')
     renamed = {}
     for key, value in state.items():
-        name = _renamed(key, LAYOUTS[layout].renames, reverse)
+        name = _renamed(key, LAYOUTS[layout], reverse)
         if name is not None:
-            renamed[name] = _as_convolution(name, value) if reverse else value
+            renamed[name] = _as_there(name, value) if reverse else value
         elif not reverse:
             renamed[key] = value
     return renamed
 
 
-def _renamed(key: str, renames: tuple[tuple[str, str], ...], reverse: bool = False) -> str | None:
-    """``key`` with the first prefix that fits replaced, or ``None`` where none does."""
-    for there, here in renames:
+def _renamed(key: str, layout: Layout, reverse: bool = False) -> str | None:
+    """``key`` with the first prefix that fits replaced, and what is behind it, or ``None`` where none does."""
+    for there, here in layout.renames:
         old, new = (here, there) if reverse else (there, here)
         if '*' not in old:
             if key.startswith(old):
-                return new + key[len(old):]
+                return new + _inner(key[len(old):], layout.inner, reverse)
         elif found := re.match(re.escape(old).replace(r'\*', r'(\d+)'), key):
             return new.replace('*', found[1]) + key[found.end():]
     return None
 
 
-def _as_convolution(name: str, value: Tensor) -> Tensor:
+def _inner(rest: str, pairs: tuple[tuple[str, str], ...], reverse: bool) -> str:
+    for there, here in reversed(pairs) if reverse else pairs:
+        rest = rest.replace(here, there) if reverse else rest.replace(there, here)
+    return rest
+
+
+def _as_there(name: str, value: Tensor) -> Tensor:
     for pattern, ndim in _CONVOLUTIONS if value.ndim > 1 else ():  # norms have numbers beside those of convolutions
         if re.search(rf'(^|\.){pattern}\.weight$', name):
             return value.reshape(*value.shape, *[1] * (ndim - value.ndim))
+    for pattern, ndim in _EMBEDDINGS:
+        if name.endswith(pattern):
+            return value.reshape(value.shape[-ndim:])
     return value
 
 
 def squeezed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with the weights of 1×1 convolutions as those of linear layers, where ``own`` has such."""
+    """``state`` in the shapes of ``own`` where they differ by dimensions of one alone: the weights of 1×1 convolutions
+    as those of linear layers, an embedding without its batch dimension."""
     def fit(key: str, value: Tensor) -> Tensor:
-        ndim = own[key].ndim if key in own else value.ndim
-        return value.reshape(value.shape[:ndim]) if set(value.shape[ndim:]) == {1} else value
+        same = key in own and [n for n in value.shape if n != 1] == [n for n in own[key].shape if n != 1]
+        return value.reshape(own[key].shape) if same else value
     return {key: fit(key, value) for key, value in state.items()}
 
 
 def layouts_of(state: Mapping, reverse: bool = False) -> list[str]:
     """The layouts that the keys of ``state`` are of; with ``reverse``, those that it can be renamed to."""
     def begins(mark: str, layout: Layout) -> bool:
-        mark = (_renamed(mark, layout.renames) or mark) if reverse else mark
+        mark = (_renamed(mark, layout) or mark) if reverse else mark
         return any(key.startswith(mark) for key in state)
     return [name for name, layout in LAYOUTS.items() if all(begins(mark, layout) for mark in layout.marks)
             and not any(begins(mark, layout) for mark in layout.absent)]
@@ -353,8 +378,8 @@ def _refuse_expanded(state: dict, own: dict, name: str) -> None:
 
 
 def _check(report: LoadReport, own: dict, strict: bool | str, name: str) -> None:
-    backbone = [key for key in own if key.startswith('backbone.')]
-    found = sum(key.startswith('backbone.') for key in report.matched)
+    backbone = [key for key in own if key.startswith('backbone.') and '.adapter.' not in key]  # plain weights have none
+    found = sum(key in backbone for key in report.matched)
     if not report.matched or 2 * found < len(backbone):
         raise ValueError(f'{name} holds the weights of another model: {len(report.matched)} of {len(own)} tensors '
                          f'match. Expected keys such as {some(own)}; found {some(report.unexpected)}')

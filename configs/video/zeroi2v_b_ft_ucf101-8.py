@@ -1,0 +1,6 @@
+# 64 clips a step are 4 processes of 16.
+_base_ = [
+    '../_base_/runtime.py', '../_base_/models/zeroi2v_b_cls.py', '../_base_/datasets/ucf101-8.py',
+    '../_base_/schedules/adamw_cosine_video.py', '../_base_/reparam/stdha.py', '../_base_/reparam/adapter.py'
+]
+model = dict(expand=_base_.stdha + _base_.adapter, trainable=_base_.adapter_trainable)
