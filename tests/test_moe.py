@@ -367,6 +367,37 @@ def test_groups_of_core_and_experts():
         param_groups(model, 1e-2, core_lr_mult=0)
 
 
+@pytest.mark.parametrize('kind', ['MoEFFN', 'ResidualMoEFFN'])
+def test_stop_and_resume_is_one_run(kind):
+    x = torch.randn(4, 9, 12)
+
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Dropout(0.1), Mlp(12, 20))
+        expand(model, dict(type=kind, at='1', capacity_factor=1.))
+        optimizer = torch.optim.AdamW(param_groups(model, 1e-2, 0.05))
+        return model.train(), optimizer
+
+    def steps(model, optimizer, first, last):
+        with attach_ewa(optimizer, model, 0.3, 'linear', total_steps=4, start_step=first):
+            for _ in range(first, last):
+                optimizer.zero_grad()
+                (model(x).square().mean() + sum(routing_losses(model).values())).backward()
+                optimizer.step()
+
+    model, optimizer = start()
+    steps(model, optimizer, 0, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
+    steps(model, optimizer, 2, 4)
+    twin, other = start()
+    twin.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    torch.set_rng_state(saved[2])
+    steps(twin, other, 2, 4)
+    for (name, own), (_, resumed) in zip(model.named_parameters(), twin.named_parameters()):
+        assert torch.equal(own, resumed), name
+
+
 @pytest.mark.parametrize('cls', BOTH)
 def test_copies_pickles_and_dtypes(cls):
     module, _ = build(cls)
@@ -436,6 +467,15 @@ class NoWidth(nn.Module):
         return x * self.router
 
 
+class MixesTokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.linear(x - x.mean(-2, keepdim=True))
+
+
 def test_ffns_that_cannot_be():
     plain = NoWidth()
     with pytest.raises(ValueError, match='give in_features'):
@@ -447,6 +487,6 @@ def test_ffns_that_cannot_be():
     module = MoEFFN.expand(Mlp(12, 20))
     with pytest.raises(ValueError, match='router takes tokens of width 12'):
         module(torch.randn(3, 11))
-    mixing = MoEFFN.expand(nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12)))
-    with pytest.raises(TypeError, match='FFN'):
+    mixing = MoEFFN.expand(MixesTokens())
+    with pytest.raises(TypeError, match='does not treat every token'):
         mixing.train()(torch.randn(2, 5, 12))
