@@ -122,8 +122,10 @@ def test_tokens_are_what_they_say():
 def test_a_tensor_will_do():
     layer = tokenizer().eval()
     points = torch.randn(2, 20, 3)
-    for a, b in zip(layer(points), layer(dict(points=points))):
-        assert torch.equal(a, b)
+    of_tensor, of_dict = layer(points), layer(dict(points=points))
+    assert of_tensor.prefix_pos is of_dict.prefix_pos is None
+    for name in ('x', 'pos', 'coord', 'target'):
+        assert torch.equal(getattr(of_tensor, name), getattr(of_dict, name))
 
 
 def test_tokens_do_not_depend_on_the_order_within_the_cloud_or_its_place():

@@ -70,7 +70,8 @@ class SetEncoder(nn.Module):
                 near = (distance < radius).unsqueeze(1)  # (B, 1, L, L): itself always
             x = block(x, attn_mask=near)
             if i == 0 and self.downsample is not None:
-                x, _, coord, _ = self.downsample(torch.cat([coord, x.to(coord.dtype)], -1))
+                fewer = self.downsample(torch.cat([coord, x.to(coord.dtype)], -1))
+                x, coord = fewer.x, fewer.coord
                 distance = None
         return x, coord
 
