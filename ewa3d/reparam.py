@@ -11,6 +11,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -133,22 +134,19 @@ def expand(model: nn.Module, rules: dict | Iterable[dict]) -> Report:
     _refuse_wrapped(model, 'expand')
     rules = [rules] if isinstance(rules, dict) else list(rules)
     parsed = [_parse_rule(rule, number) for number, rule in enumerate(rules)]
-    before, rows, done = count_params(model), {}, []
-    try:
+    before, rows = count_params(model), {}
+    with ExitStack() as undo:
         for rule in parsed:
             chosen = _select(model, rule)
             for position, (name, plain) in enumerate(chosen):
                 _refuse_fused_kernel(model, name, plain)
                 new = _expand(name, plain, rule, position, len(chosen))
                 _refuse_untied(model, name, plain, new)
-                done.append(replace(model, plain, new))
+                undo.callback(replace(model, plain, new))
                 first = rows.get(name)
                 rows[name] = Row(name, first.before if first else type(plain).__name__, type(new).__name__,
                                  first.params_before if first else count_params(plain), count_params(new), 'expanded')
-    except Exception:
-        for undo in reversed(done):
-            undo()
-        raise
+        undo.pop_all()  # all went well: what was done stays
     return Report(rows.values(), before, count_params(model))
 
 
@@ -172,8 +170,8 @@ def fuse(model: nn.Module) -> Report:
         raise ValueError(f'fuse() works on the modules inside a model, and {type(model).__name__} is itself one that '
                          f'fuses: use `model = model.fuse()`')
     trainable = any(p.requires_grad for p in model.parameters())
-    before, rows, done, kept = count_params(model), {}, [], set()
-    try:
+    before, rows, kept = count_params(model), {}, set()
+    with ExitStack() as undo:
         while (found := _next_reparam(model, kept)) is not None:
             name, old = found
             new = old.fuse()
@@ -182,18 +180,16 @@ def fuse(model: nn.Module) -> Report:
             if new is old:
                 kept.add(old)
             else:
-                done.append(replace(model, old, new))
+                undo.callback(replace(model, old, new))
             first = rows.get(name)
             rows[name] = Row(name, first.before if first else type(old).__name__, type(new).__name__,
                              first.params_before if first else count_params(old), count_params(new),
                              'kept' if new is old and first is None else 'fused')
-    except Exception:
-        for undo in reversed(done):
-            undo()
-        raise
-    if done and trainable:
+        undo.pop_all()
+    replaced = sum(row.status == 'fused' for row in rows.values())
+    if replaced and trainable:
         logger.warning('fuse() replaced the parameters of %d modules: an optimizer, EMA or DDP made before it is stale '
-                       'and must be made anew', len(done))
+                       'and must be made anew', replaced)
     return Report(rows.values(), before, count_params(model))
 
 

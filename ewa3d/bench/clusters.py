@@ -1,5 +1,6 @@
 """What clustering alone finds in a scene: how hard synthetic rooms are. ``python -m ewa3d.bench.clusters``"""
 import argparse
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     scenes = list(SyntheticScenes(args.scenes, split='val'))
     for eps in args.eps:
         found = evaluate(scenes, eps)
-        print(f'eps {eps:.2f}: ' + '  '.join(f'{key} {found[key]:.1f}' for key in ('AP25', 'AP50', 'AR25', 'AR50')))
+        shown = '  '.join(f'{key} {found[key]:.1f}' for key in ('AP25', 'AP50', 'AR25', 'AR50'))
+        sys.stdout.write(f'eps {eps:.2f}: {shown}\n')
     return 0
 
 
