@@ -6,4 +6,4 @@ _base_ = [
 model = dict(
     backbone=dict(tokenizer=dict(num_groups=128), drop_path_rate=0.0), head=dict(dropout=0.0))  # a short run
 optim_wrapper = dict(optimizer=dict(lr=4e-3))
-train_cfg = dict(max_epochs=6, val_interval=6)
+train_cfg = dict(max_epochs=7, val_interval=7)

@@ -1,10 +1,11 @@
 # The embedded data set with its 34 part labels: parametric shapes made on the fly from a seed, no download. Shapes that
-# are tested lean and turn further than all that are trained on, and stand in boxes of a wider range.
-shape_cfg = dict(noise=0.006, outliers=0.0, hidden=0.1, unevenness=0.5, tilt=15, turn=45)
+# are tested are turned further than all that are trained on, and stand in boxes of a wider range.
+shape_cfg = dict(noise=0.002, outliers=0.0, hidden=0.0, unevenness=0.3, tilt=15, turn=45)
 new_shape_cfg = dict(
-    noise=0.006, outliers=0.0, hidden=0.1, unevenness=0.5, tilt=20, least_tilt=15, turn=60, least_turn=45, stretch=0.4)
+    noise=0.002, outliers=0.0, hidden=0.0, unevenness=0.3, tilt=15, turn=75, least_turn=45, stretch=0.4)
 train_pipeline = [
     dict(type='Normalize'),
+    dict(type='RandomRotate', degrees=30),
     dict(type='RandomScale', scale=(0.8, 1.25)),
     dict(type='RandomShift', shift=0.1),
     dict(type='Pack', category=True),
@@ -31,7 +32,7 @@ train_dataloader = dict(
     dataset=dict(
         type='SyntheticShapes',
         split='train',
-        num_samples=4000,
+        num_samples=2080,
         num_points=1024,
         shape_cfg=shape_cfg,
         pipeline=train_pipeline))
