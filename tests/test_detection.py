@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import ewa3d
+from ewa3d import ops
 from ewa3d.layers.block import Attention, Block
 from ewa3d.layers.set_abstraction import SetAbstraction
 from ewa3d.models.build import fill_model
@@ -313,6 +314,29 @@ def test_a_point_mae_backbone_as_the_encoder():
     assert feats.x.shape == (2, 2, 7, 16) and model.neck.num_prefix_tokens == 1
     assert torch.equal(feats.coord[:, 0], POINTS[:, 0])
     assert torch.isfinite(sum(model(POINTS, samples(2, 1), mode='loss').values()))
+
+
+def test_queries_start_from_what_is_around_them():
+    """Each from the maximum over the tokens in its ball, as :class:`SetAbstraction` says; without, from zero."""
+    torch.manual_seed(0)
+    content = dict(type='SetAbstraction', radius=0.8, num_neighbors=5)
+    model = detector(neck=dict(content=content)).eval()
+    plain = detector()
+    assert sorted(set(model.state_dict()) - set(plain.state_dict()))[0] == 'neck.content.mlp_bns.0.bias'
+    (x,), coord = model.backbone.located(POINTS)
+    queries, start = model.neck.start(coord, model.neck.memory(x))
+    torch.testing.assert_close(queries, plain.neck.start(coord, x)[0])
+    assert start.shape == (2, 7, 16) and plain.neck.start(coord, x)[1] is None
+    ball = ops.ball_query(queries, coord, 0.8, 5)
+    memory = model.neck.memory(x)
+    near = torch.cat([(ops.gather(coord, ball) - queries.unsqueeze(2)) / 0.8, ops.gather(memory, ball)], -1)
+    for layer, norm in zip(model.neck.content.mlp_convs, model.neck.content.mlp_bns):
+        near = norm(nn.functional.linear(near, layer.weight).flatten(0, 2)).view(*near.shape[:3], -1).relu()
+    torch.testing.assert_close(start, near.amax(2))
+    sum(model.train()(POINTS, samples(2, 1), mode='loss').values()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.neck.content.mlp_convs.parameters())
+    with pytest.raises(ValueError, match='content gives 5 places 16 features, 7 queries have decoder_dim=16'):
+        detector(neck=dict(content={**content, 'num_points': 5}))
 
 
 def test_features_of_points():

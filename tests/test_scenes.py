@@ -8,6 +8,7 @@ from mmengine.dataset import pseudo_collate
 
 from ewa3d import ops
 from ewa3d.bench.clusters import cluster_boxes, evaluate
+from ewa3d.bench.clusters import main as clusters_main
 from ewa3d.datasets import FolderScenes, ScanNetDetection, SUNRGBDDetection, SyntheticScenes
 from ewa3d.datasets.rooms import MAKERS, make_scene, overlap
 from ewa3d.datasets.scenes import check_boxes
@@ -273,6 +274,17 @@ def test_clusters_do_not_solve_the_rooms():
     np.testing.assert_allclose(box, [.5, .5, .6, 1, 1, 1.2, 0], atol=.05)
     found = evaluate(list(SyntheticScenes(12, split='val')), eps=.16)
     assert found['AP50'] < 20 and found['AP25'] > 0
+
+
+def test_clusters_of_a_config(tmp_path, capsys):
+    config = tmp_path / 'rooms.py'
+    config.write_text("test_dataloader = dict(dataset=dict(type='SyntheticScenes', split='test', num_samples=3))")
+    assert clusters_main([str(config), '--scenes', '2', '--eps', '.16']) == 0
+    scenes = [dict(points=entry['points'], boxes=entry['boxes']) for entry in map(SyntheticScenes(
+        3, split='test', pipeline=[], indices=2).__getitem__, range(2))]
+    found = evaluate(scenes, .16)
+    assert capsys.readouterr().out == 'eps 0.16: ' + '  '.join(
+        f'{key} {found[key]:.1f}' for key in ('AP25', 'AP50', 'AR25', 'AR50')) + '\n'
 
 
 def test_ragged_boxes_are_collated_as_lists():

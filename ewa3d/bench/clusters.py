@@ -1,4 +1,4 @@
-"""What clustering alone finds in a scene: how hard synthetic rooms are. ``python -m ewa3d.bench.clusters``"""
+"""What clustering alone finds in rooms: what a detector has to beat. ``python -m ewa3d.bench.clusters CONFIG``"""
 import argparse
 import sys
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ewa3d.evaluation_boxes import BoxAP
+from ewa3d.registry import DATASETS
 
 __all__ = ['cluster_boxes', 'evaluate', 'main']
 
@@ -44,12 +45,17 @@ def evaluate(scenes: Sequence[dict], eps: float) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description='AP of DBSCAN with axis-aligned boxes on SyntheticScenes.')
-    parser.add_argument('--scenes', type=int, default=200, help='of the validation split (default: %(default)s)')
+    """Print the metrics for the test data of a config, whose clouds are in metres."""
+    from ewa3d.cli import load_config
+    parser = argparse.ArgumentParser(prog='python -m ewa3d.bench.clusters', description=__doc__.splitlines()[0])
+    parser.add_argument('config')
+    parser.add_argument('--scenes', type=int, help='of the test set, spread evenly; default: all')
     parser.add_argument('--eps', type=float, nargs='+', default=[.08, .12, .16, .2, .3], help='metres')
     args = parser.parse_args(argv)
-    from ewa3d.datasets.rooms import SyntheticScenes
-    scenes = list(SyntheticScenes(args.scenes, split='val'))
+    dataset = load_config(args.config).test_dataloader.dataset
+    packed = list(DATASETS.build({**dataset, 'pipeline': [dict(type='PackBoxes')], 'indices': args.scenes}))
+    scenes = [dict(points=each['inputs']['points'].numpy(), boxes=each['data_samples'].gt_boxes.numpy())
+              for each in packed]
     for eps in args.eps:
         found = evaluate(scenes, eps)
         shown = '  '.join(f'{key} {found[key]:.1f}' for key in ('AP25', 'AP50', 'AR25', 'AR50'))

@@ -1,4 +1,5 @@
 # A query detector for a CPU: 512 tokens, 3 blocks of 96 in the encoder, 3 in the decoder, 96 queries, 12 heading bins.
+# Queries start from the tokens around them: 3DETR's, which start from zero, take many times the steps to find anything.
 model = dict(
     type='TaskModel',
     data_preprocessor=dict(type='Preprocessor'),
@@ -13,7 +14,7 @@ model = dict(
         attn_drop=0.0),
     neck=dict(
         type='QueryDecoder', num_queries=96, depth=3, num_heads=4, mlp_ratio=2.0, proj_drop=0.0, attn_drop=0.0,
-        project_depth=2),
+        project_depth=2, content=dict(type='SetAbstraction', radius=1.0, num_neighbors=48)),
     head=dict(
         type='DETRHead',
         num_angle_bins=12,
