@@ -1,5 +1,5 @@
-# The embedded rooms with furniture of 6 classes and turned boxes, seen from two places: made from a seed, no download.
-scene_cfg = dict(views=2)
+# The embedded rooms with furniture of 6 classes and turned boxes, seen from three places: made from a seed, no download.
+scene_cfg = dict(views=3)
 train_pipeline = [
     dict(type='SceneFlip', axes='xy'),
     dict(type='SceneRotate', degrees=180),
