@@ -37,7 +37,7 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
 
     Args:
         clouds: arrays or tensors ``(N_i, 3 + F)``; the first three columns are drawn.
-        titles: a line below each cloud. title_colors: its colour.
+        titles: a line below each cloud, its end left out where it is longer. title_colors: its colour.
         colors: by cloud, a colour for all points, or ``(N_i, 3)`` RGB in [0, 1] or uint8, or ``(N_i,)`` integer labels.
         columns: of the grid; by default as square as it gets, at most 8.
         frames: by cloud, the points that fill the cell; the cloud's own unless given. What is outside is cut off.
@@ -62,6 +62,7 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
     rows = math.ceil(count / columns)
     top = 0.45 if heading else 0.08
     line = 0.30 if any(titles) else 0.0
+    room = max(2, int(14 * size))  # letters of this size in a cell
     width, height = columns * size, rows * (size + line) + top
     figure = _figure(width, height)
     for i, points in enumerate(arrays):
@@ -70,7 +71,8 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
         axes = figure.add_axes((column * size / width, bottom / height, size / width, size / height))
         _scatter(axes, points @ view.T, point_colors(colors[i], len(points), f'colors[{i}]'), size, frames[i] @ view.T)
         if titles[i]:
-            figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, titles[i], color=title_colors[i],
+            title = titles[i] if len(titles[i]) <= room else f'{titles[i][:room - 1]}…'
+            figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, title, color=title_colors[i],
                         ha='center', va='top', fontsize=9)
     if heading:
         figure.text(0.5, 1 - 0.15 / height, heading, ha='center', va='top', fontsize=12, color=INK, weight='bold')

@@ -215,6 +215,9 @@ def edit(root, name, change):
     ('v0', '02691156/points_label/val0.seg', lambda text: text[2:], r'val0\.pts has 15 points and .*val0\.seg 14 la'),
     ('v0', '02691156/points_label/val0.seg', lambda text: text[2:] + '1.5', r'val0\.seg: .*be an integer, got 1'),
     ('v0', '02691156/points_label/val0.seg', lambda text: text + 'x', r'val0\.seg: .*convert'),
+    ('v0', '02691156/points_label/val0.seg', lambda text: 'nan\n' + text[2:], r'val0\.seg: .*be an integer, got nan'),
+    ('v0', '02691156/points_label/val0.seg', lambda text: '1e30\n' + text[2:], r'val0\.seg: .*an integer, got 1e\+30'),
+    ('v0', '02691156/points_label/val0.seg', lambda text: '', r'val0\.pts has 15 points and .*val0\.seg 0 labels'),
     ('v0', '02691156/points/val0.pts', lambda text: text + '1 2\n', r'val0\.pts: '),
     ('v0', '02691156/points/val0.pts', lambda text: '', r'val0\.pts: no row of numbers'),
     ('v0', '02691156/points/val0.pts', lambda text: 'nan 1 2\n' + text.split('\n', 1)[1], r'val0\.pts: .*NaN'),
@@ -224,6 +227,8 @@ def edit(root, name, change):
      r"val_file_list\.json: .*synset '09999999', which .*synsetoffset2category\.txt does not name"),
     ('v0', 'train_test_split/shuffled_val_file_list.json', lambda text: '["x/02691156/../a"]', 'names no shape'),
     ('v0', 'train_test_split/shuffled_val_file_list.json', lambda text: '[3]', 'json: 3 names no shape'),
+    ('v0', 'train_test_split/shuffled_val_file_list.json', lambda text: '["a/02691156/b", "02691156/b"]',
+     "json: '02691156/b' stands there more than once"),
     ('v0', 'train_test_split/shuffled_val_file_list.json', lambda text: '{"a": 1}', 'should hold a list'),
     ('v0', 'train_test_split/shuffled_val_file_list.json', lambda text: '["a', r'val_file_list\.json: is no JSON'),
     ('v0', 'train_test_split/shuffled_val_file_list.json', lambda text: '["x/02691156/val0", "x/02954340/val0"]',
@@ -256,6 +261,20 @@ def test_bad_h5(make, key, change, message):
         dataset(root, 'val')
 
 
+@pytest.mark.filterwarnings('error')
+def test_files_as_other_systems_write_them(make):
+    root = make('v0')
+    expected = [sample['parts'].tolist() for sample in dataset(root)]
+    names = ('synsetoffset2category.txt', 'train_test_split/shuffled_train_file_list.json',
+             '02691156/points/train0.pts', '02691156/points_label/train0.seg')
+    for file in (root / name for name in names):
+        file.write_bytes(b'\xef\xbb\xbf' + file.read_bytes().replace(b'\n', b'\r\n'))
+    assert [sample['parts'].tolist() for sample in dataset(root)] == expected
+    (root / names[-1]).write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match=r'train0\.seg: a label a row was expected'):
+        dataset(root)
+
+
 def test_labels_that_training_does_not_have(make):
     root = make('v0', OWN, dict(Cow=[1, 2, 3], Sheep=[1, 2]))
     seg = f'{OWN["Cow"]}/points_label/%s.seg'
@@ -285,7 +304,11 @@ def test_what_is_not_there(make, tmp_path):
     for options, error, message in ((dict(layout='v1'), ValueError, "no layout 'v1'; did you mean 'v0'"),
                                     (dict(split='valid'), ValueError, "no split 'valid'; did you mean 'val'"),
                                     (dict(categories=['Mugs']), KeyError, "no category 'Mugs'; did you mean 'Mug'"),
-                                    (dict(parts=dict(Cop=[1])), KeyError, "no category 'Cop'")):
+                                    (dict(parts=dict(Cop=[1])), KeyError, "no category 'Cop'"),
+                                    (dict(categories='Cap'), ValueError, "categories must be a list .* 'Cap'"),
+                                    (dict(categories=[]), ValueError, 'categories must be a list of names'),
+                                    (dict(parts=dict(Cap=[])), ValueError, r"parts\['Cap'\] must name labels"),
+                                    (dict(parts=dict(Cap=['a'])), TypeError, r"parts\['Cap'\] must be an integer")):
         with pytest.raises(error, match=message):
             dataset(root, **options)
 

@@ -38,6 +38,15 @@ def test_naive_forward_and_backward(B, N, S, C, k):
         torch.testing.assert_close(x.grad, twin.grad)
 
 
+@pytest.mark.parametrize('B, N', [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_nothing_to_interpolate(B, N, dtype):
+    query, points, features = case(B, N, 4, 6, torch.float32)
+    found = interpolate(query, points, features.to(dtype).requires_grad_())
+    assert found.shape == (B, N, 6) and found.dtype == dtype
+    found.sum().backward()
+
+
 def test_point_ops_fixture(reference):
     ref = reference('point_ops')
     points, centres = ref.inputs['points'], ref.expected['centres']

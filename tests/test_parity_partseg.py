@@ -5,6 +5,7 @@ from official_partseg import OUT_INDICES, log_probs, partseg
 
 import ewa3d
 from ewa3d.convert import convert_checkpoint
+from ewa3d.datasets.parts import SHAPENET_PARTS
 from ewa3d.engine.checkpoint import read_checkpoint
 from ewa3d.models.partseg import PartSegHead
 from ewa3d.models.propagation import GraphPropagation, PointFeaturePropagation
@@ -103,6 +104,15 @@ def test_official_defaults(tmp_path):
         assert model.neck.out_indices == OUT_INDICES and isinstance(model.head, PartSegHead)
         assert model.backbone.num_prefix_tokens == (kind == 'point-bert')
     assert isinstance(model.neck, GraphPropagation) and model.neck.fps_levels == (512, 256) and model.neck.skip_origin
+
+
+def test_predictions_are_of_the_parts_that_are_given(tmp_path):
+    torch.save(dict(model_state_dict=partseg('point-mae', parts=50, categories=16)), tmp_path / 'ckpt.pth')
+    model = ewa3d.from_official('point-mae', tmp_path / 'ckpt.pth', num_heads=2, num_groups=9, group_size=5,
+                                parts=SHAPENET_PARTS)
+    inputs = dict(points=torch.randn(16, 30, 3), category=torch.arange(16))
+    for sample, scores, ids in zip(model(inputs, mode='predict'), model(inputs), SHAPENET_PARTS.values()):
+        assert sample.pred_parts.tolist() == (scores[:, ids].argmax(1) + ids[0]).tolist()
 
 
 def test_blocks_that_are_not_there(tmp_path):

@@ -80,7 +80,7 @@ def test_testing_reports_both_and_draws(trained, tmp_path, capsys):
     assert 'instance_mIoU_all' in shown and 'IoU/mug' not in shown
     text = (tmp_path / 'pictures' / 'parts.html').read_text()
     assert (tmp_path / 'pictures' / 'parts.png').stat().st_size > 10_000 and text.count('<canvas') == 18
-    ious = [float(x) for x in re.findall(r'(?:best|median|worst): \S+, IoU ([\d.]+)<', text)]
+    ious = [float(x) for x in re.findall(r'(?:best|median|worst), IoU ([\d.]+): \S+<', text)]
     assert len(ious) == 6 and ious == sorted(ious, reverse=True)
     options = ['--cfg-options', 'default_hooks.pictures.type=PartPicturesHook']
     assert cli.main([*command, str(tmp_path / 'b'), *options]) == 0
@@ -129,14 +129,18 @@ def test_fusing_a_trained_model(trained, tmp_path, capsys):
     assert 'wrote' in capsys.readouterr().out
 
 
-def test_chosen_shapes_are_the_best_the_median_and_the_worst(tmp_path):
+@pytest.mark.parametrize('known_by', ['the data set', 'the metric'])
+def test_chosen_shapes_are_the_best_the_median_and_the_worst(tmp_path, known_by):
     """Of shapes whose IoU is known, the pictures show these."""
+    parts = dict(thing=[0, 1])
+    meta, metric = (dict(parts=parts), dict(type='Accuracy')) if known_by == 'the data set' else \
+        ({}, dict(type='PartIoU', parts=parts))
     clouds = [torch.randn(12, 3) for _ in range(5)]
     wrong = [3, 0, 12, 6, 1]  # points
 
     class Data:
         def __init__(self):
-            self.metainfo = dict(parts=dict(thing=[0, 1]), up_axis='y')
+            self.metainfo = dict(meta, up_axis='y')
 
         def __getitem__(self, i):
             from ewa3d.structures import Sample
@@ -153,14 +157,15 @@ def test_chosen_shapes_are_the_best_the_median_and_the_worst(tmp_path):
 
     logger = SimpleNamespace(info=lambda text: None)
     runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=Data()), model=Model(), work_dir=str(tmp_path),
-                             logger=logger)
+                             logger=logger, test_evaluator=SimpleNamespace(metrics=[METRICS.build(metric)]))
     hook = PartPicturesHook()
     hook.before_test_epoch(runner)
     for i in range(5):
         hook.after_test_iter(runner, i, None, runner.model.test_step(dict(data_samples=[Data()[i]['data_samples']])))
     hook.after_test_epoch(runner)
     text = (tmp_path / 'pictures' / 'parts.html').read_text()
-    assert re.findall(r'(\w+): (shape\d)', text) == [('best', 'shape1'), ('median', 'shape0'), ('worst', 'shape2')]
+    shown = re.findall(r'(\w+), IoU [\d.]+: (shape\d)', text)
+    assert shown == [('best', 'shape1'), ('median', 'shape0'), ('worst', 'shape2')]
     assert re.findall(r'([\d.]+) % wrong', text) == ['0.0', '25.0', '100.0']
     for bad in (0, 1.5):
         with pytest.raises((ValueError, TypeError), match='num_shapes'):

@@ -53,6 +53,14 @@ def test_grid_has_the_size_of_its_cells_and_is_not_blank(cloud, tmp_path):
     assert fifth.min() < 0.6
 
 
+def test_long_titles_stay_in_their_cells(tmp_path):
+    titles = ['', 'wide ' * 40, '']
+    image = pixels(vis.draw_clouds([np.eye(3)] * 3, tmp_path / 'a.png', titles=titles, columns=3))
+    line = image[-int(image.shape[0] * 0.3 / 2.58):].min(-1)  # the line of titles: 0.30 of 0.08 + 2.2 + 0.30 inches
+    cell = image.shape[1] // 3
+    assert line[:, cell:2 * cell].min() < 0.6 and line[:, :cell].min() == line[:, 2 * cell:].min() == 1
+
+
 def test_same_input_gives_the_same_bytes(cloud, tmp_path):
     first = vis.draw_clouds([cloud], tmp_path / 'a.png').read_bytes()
     assert vis.draw_clouds([torch.from_numpy(cloud)], tmp_path / 'b.png').read_bytes() == first

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ewa3d.checks import check_integer
 from ewa3d.datasets.base import PointDataset, require_folder
 from ewa3d.datasets.cache import cached_clouds
 from ewa3d.datasets.h5 import read_data, read_labels
@@ -93,6 +94,8 @@ class ShapeNetPart(PointDataset):
     # ---- categories and parts ---------------------------------------------------------------------------------------
     def load_metainfo(self) -> dict:
         wanted = list(self._all if self._wanted is None else self._wanted)
+        if isinstance(self._wanted, str) or not wanted:
+            raise ValueError(f'ShapeNetPart: categories must be a list of names, got {self._wanted!r}')
         for name in [*wanted, *self._given]:
             if name not in self._all:
                 raise KeyError(f'{self.table}: names no category {name!r}; {nearest(name, self._all)}')
@@ -113,7 +116,10 @@ class ShapeNetPart(PointDataset):
         for name, synset in self.synsets.items():
             labels[name] = None
             if name in self._given:
-                labels[name] = sorted({int(label) for label in self._given[name]})
+                given = {check_integer(f'ShapeNetPart: parts[{name!r}]', label, 0) for label in self._given[name]}
+                if not given:
+                    raise ValueError(f'ShapeNetPart: parts[{name!r}] must name labels, got {self._given[name]!r}')
+                labels[name] = sorted(given)
             elif synset in SHAPENET:
                 labels[name] = list(range(1, 1 + SHAPENET[synset][1])) if self.layout == 'v0' else _OFFICIAL[synset]
             else:
@@ -203,17 +209,10 @@ class ShapeNetPart(PointDataset):
         """The shapes of the wanted categories that the lists name."""
         names, shapes = {synset: name for name, synset in self._all.items()}, []
         for listed in map(self._list_of, lists):
-            content = read_json(listed)
-            if not isinstance(content, list):
-                raise ValueError(f'{listed}: should hold a list of shapes, got {str(content)[:80]}')
-            for line in content:
-                match = ENTRY.fullmatch(line) if isinstance(line, str) else None
-                if match is None:
-                    raise ValueError(f'{listed}: {line!r} names no shape; shape_data/<synset>/<id> was expected')
-                synset, name = match.groups()
+            for synset, name in read_list(listed):
                 if synset not in names:
-                    raise ValueError(f'{listed}: {line!r} is of the synset {synset!r}, which {self.table} does not '
-                                     f'name; {nearest(synset, names)}')
+                    raise ValueError(f'{listed}: {synset}/{name} is of the synset {synset!r}, which {self.table} does '
+                                     f'not name; {nearest(synset, names)}')
                 if names[synset] in self.synsets:
                     shapes.append(self._shape(names[synset], synset, name))
         return shapes
@@ -251,10 +250,10 @@ class ShapeNetPart(PointDataset):
         if self.layout == 'normal':
             return as_integers(read_table_of(shape.labels, 7)[:, 6], shape.labels)
         try:
-            return as_integers(np.array(shape.labels.read_text().split(), np.float64), shape.labels)
-        except (ValueError, OSError) as error:
-            text = str(error)
-            raise type(error)(text if str(shape.labels) in text else f'{shape.labels}: {text}') from error
+            numbers = np.array(shape.labels.read_text('utf-8-sig', errors='replace').split(), np.float64)
+        except ValueError as error:
+            raise ValueError(f'{shape.labels}: a label a row was expected: {error}') from error
+        return as_integers(numbers, shape.labels)
 
     def _h5_files(self, split: str) -> list[Path]:
         listed = self._list_of(split)
@@ -316,6 +315,22 @@ def read_table(file: Path) -> dict[str, str]:
     return table
 
 
+def read_list(file: Path) -> list[tuple[str, str]]:
+    """Synset and id of the shapes in a split list."""
+    content = read_json(file)
+    if not isinstance(content, list):
+        raise ValueError(f'{file}: should hold a list of shapes, got {str(content)[:80]}')
+    shapes: dict[tuple[str, str], None] = {}
+    for line in content:
+        match = ENTRY.fullmatch(line) if isinstance(line, str) else None
+        if match is None:
+            raise ValueError(f'{file}: {line!r} names no shape; shape_data/<synset>/<id> was expected')
+        if match.groups() in shapes:
+            raise ValueError(f'{file}: {line!r} stands there more than once')
+        shapes[match.groups()] = None
+    return list(shapes)
+
+
 def detect_layout(root: Path, categories: Mapping[str, str]) -> str:
     """Which of the layouts a folder has."""
     if any((root / f'{split}_hdf5_file_list.txt').is_file() for split in LISTS):
@@ -333,7 +348,7 @@ def detect_layout(root: Path, categories: Mapping[str, str]) -> str:
 
 def read_json(file: Path):
     try:
-        return json.loads(file.read_text('utf-8'))
+        return json.loads(file.read_text('utf-8-sig'))
     except ValueError as error:
         raise ValueError(f'{file}: is no JSON: {error}') from error
 
@@ -351,8 +366,8 @@ def read_table_of(file: Path, columns: int) -> np.ndarray:
 
 def as_integers(values: np.ndarray, name: str | Path) -> np.ndarray:
     """Labels, which a file may hold as ``12.000000``."""
-    integers = np.asarray(values).astype(np.int64)
-    wrong = np.flatnonzero(integers != values)
+    values = np.asarray(values)
+    wrong = np.flatnonzero(~(np.abs(values) < 2**31) | (np.floor(values) != values))  # NaN is not below anything
     if len(wrong):
         raise ValueError(f'{name}: the label of point {wrong[0]} should be an integer, got {values[wrong[0]]}')
-    return integers
+    return values.astype(np.int64)

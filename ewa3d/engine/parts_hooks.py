@@ -91,7 +91,7 @@ class PartPicturesHook(Hook):
             samples = unwrapped(runner.model).test_step(batch)
         judged = [_judged(parts, sample.to_dict()) for sample in samples]
         which = [name for name, rows in chosen.items() for _ in rows]
-        names = [f'{name}: {sample.get("name", place)}, IoU {100 * iou:.1f}' for name, place, sample, (iou, _, _) in
+        names = [f'{name}, IoU {100 * iou:.1f}: {sample.get("name", place)}' for name, place, sample, (iou, _, _) in
                  zip(which, places, samples, judged)]
         cells = part_cells(batch['inputs']['points'], [truth for _, truth, _ in judged],
                            [found for _, _, found in judged], names)
@@ -102,7 +102,10 @@ class PartPicturesHook(Hook):
 
 
 def _parts_of(runner) -> PartIoU:
-    """What knows the categories and the parts of the tested data set."""
+    """What knows the categories and the parts of the tested data set: the metric of the test, where it is this one."""
+    for metric in runner.test_evaluator.metrics:
+        if isinstance(metric, PartIoU):
+            return metric
     metric = PartIoU()
     metric.dataset_meta = getattr(runner.test_dataloader.dataset, 'metainfo', None)
     return metric

@@ -51,10 +51,12 @@ def from_official(kind: str, path: str | Path, **sizes) -> nn.Module:
             :func:`~ewa3d.models.detection.official.read_detr` tells more about.
         path: a file of the project; nothing in it is executed.
         **sizes: what weights cannot tell, with the official defaults: ``num_heads=6``, ``num_groups=64``,
-            ``group_size=32``; for part segmentation ``num_groups=128``, ``out_indices=(3, 7, 11)`` and Point-BERT's
-            ``fps_levels=(512, 256)``; for pretraining models ``decoder_num_heads`` (by default those of the encoder),
-            ``mask_ratio``, ``key_momentum`` and so on; an unknown name is answered with the valid ones. The names of
-            the official configs will do as well. Sizes that the weights tell may be given to be checked.
+            ``group_size=32``; for part segmentation ``num_groups=128``, ``out_indices=(3, 7, 11)``, Point-BERT's
+            ``fps_levels=(512, 256)`` and ``parts``, category → part numbers, to which predictions are then restricted
+            (:class:`~ewa3d.models.partseg.PartSegHead`); for pretraining models ``decoder_num_heads`` (by default those
+            of the encoder), ``mask_ratio``, ``key_momentum`` and so on; an unknown name is answered with the valid
+            ones. The names of the official configs will do as well. Sizes that the weights tell may be given to be
+            checked.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -62,4 +62,4 @@ def weighted_sum(features: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     rows = index + torch.arange(B, device=index.device).mul(S).view(B, 1, 1)
     total = F.embedding_bag(rows.flatten(0, 1), features.reshape(B * S, C), mode='sum',
                             per_sample_weights=weight.flatten(0, 1))
-    return total.view(B, -1, C)
+    return total.view(*index.shape[:2], C)
