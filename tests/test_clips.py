@@ -245,6 +245,7 @@ def test_three_crops(size):
     (lambda: LoadClip(0), ValueError, 'clip_len must be at least 1'),
     (lambda: LoadClip(2.5), TypeError, 'clip_len must be an integer'),
     (lambda: LoadClip(num_clips=0), ValueError, 'num_clips must be at least 1'),
+    (lambda: LoadClip(short_side=0), ValueError, 'short_side must be at least 1, got 0'),
     (lambda: ClipFlip(1.5), ValueError, 'p must lie in'), (lambda: ClipFlip(swap=[1, 2]), TypeError, 'swap is a dict'),
     (lambda: ThreeCrop(0), ValueError, 'size must be at least 1'),
     (lambda: PackClip([0.5], None), ValueError, 'belong together'),

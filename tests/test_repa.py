@@ -159,7 +159,7 @@ def test_fused_weights_have_a_model():
     model, twin = (nn.Sequential(make_block(), make_block()) for _ in range(2))
     expand(model, rules)
     fuse(model.eval())
-    cfg = plain_config(dict(model=dict(expand=rules), default_hooks=dict(ewa=dict(type='EWAHook'))))
+    cfg = plain_config(dict(model=dict(expand=rules), default_hooks=dict(ewa=dict(type='EWAHook'))), model)
     assert cfg['model']['expand'] == [dict(type='RePaFFN', at='*', last=1, fused=True)]
     assert cfg['default_hooks'] == {}
     report = expand(twin, cfg['model']['expand'])

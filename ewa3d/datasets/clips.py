@@ -210,7 +210,7 @@ class LoadClip:
         if sampling == 'uniform' and interval != 1:
             raise ValueError(f"LoadClip: interval={interval} belongs to sampling='dense'")
         for name, value in (('clip_len', clip_len), ('interval', interval), ('num_clips', num_clips),
-                            ('short_side', short_side or 1)):
+                            ('short_side', 1 if short_side is None else short_side)):
             check_integer(f'LoadClip: {name}', value, 1)
         self.clip_len, self.sampling, self.interval = clip_len, sampling, interval
         self.num_clips, self.test, self.short_side = num_clips, bool(test), short_side

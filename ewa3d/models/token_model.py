@@ -311,10 +311,6 @@ def _check_draw(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f'MaskedTokenModel: {name} masks no patch at all; there is nothing to predict')
 
 
-def _shape(shapes: Mapping, name: str) -> str:
-    return str(tuple(shapes[name])) if name in shapes else 'no such parameter'
-
-
 def _checked_backbone(backbone: nn.Module) -> nn.Module:
     if getattr(backbone, 'num_prefix_tokens', 0) != 1:
         raise ValueError('MaskedTokenModel: the backbone needs a class token (cls_token=True), whose feature is '
