@@ -16,10 +16,10 @@ from ewa3d.engine.checkpoint import (
     write_checkpoint,
 )
 from ewa3d.engine.plain import to_plain
-from ewa3d.layers.experts import StackedExperts
+from ewa3d.layers.stacked import Experts, iter_experts
 from ewa3d.models.build import fill_from_checkpoint, without_pretrained
 from ewa3d.registry import MODELS
-from ewa3d.reparam import Report, fuse
+from ewa3d.reparam import Reparam, Report, fuse, glob
 
 __all__ = ['FuseReport', 'fuse_checkpoint', 'example_inputs', 'output_difference', 'plain_config',
            'trusted_part']
@@ -89,7 +89,7 @@ def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | N
     if not relative <= tolerance:  # NaN is refused too
         return report
 
-    plain_cfg = plain_config(cfg, kept)
+    plain_cfg = plain_config(cfg, plain)
     load_model_state(_built(plain_cfg['model'], checkpoint), plain.state_dict(), 'the fused model')
     meta.update(cfg=plain_cfg, weights=kind, fused=dict(source=checkpoint.name, modules=fused, difference=difference))
     write_checkpoint(out, plain.state_dict(), meta)
@@ -159,20 +159,20 @@ def trusted_part(cfg, name: str = 'checkpoint'):
     return cfg
 
 
-def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:
-    """``cfg`` without what training added: ``model.expand`` and the EWA hook. Rules whose modules stay are kept, with
-    the hook; those that fuse to a form of their own build that one."""
+def plain_config(cfg: Mapping, plain: nn.Module) -> dict:
+    """``cfg`` without what training added: ``model.expand`` and the EWA hook. Rules of what ``plain``, the fused model,
+    still has are kept, with the hook where that is experts; those that fuse to a form of their own build that one."""
     cfg = copy.deepcopy(dict(cfg))
     model = cfg['model'] = without_pretrained(cfg['model'])
     model.pop('trainable', None)  # adapters by name, which are gone
     rules = model.pop('expand', None) or []
     rules = [rules] if isinstance(rules, Mapping) else rules
-    stay = [rule for rule in rules if rule.get('type') in kept]
-    left = [rule if rule in stay else dict(rule, fused=True) for rule in rules
-            if rule in stay or _has_fused_form(rule.get('type'))]
+    stay = [_stays(rule, plain) for rule in rules]
+    left = [rule if stays else dict(rule, fused=True) for rule, stays in zip(rules, stay)
+            if stays or _class_of(rule).has_fused_form]
     if left:
         model['expand'] = left
-    if any(issubclass(MODELS.get(rule['type']), StackedExperts) for rule in stay):
+    if next(iter_experts(plain), None) is not None:
         return cfg  # experts that stay are averaged as before
     is_ewa = lambda hook: isinstance(hook, Mapping) and hook.get('type') == 'EWAHook'  # noqa: E731
     for key in ('default_hooks', 'custom_hooks'):
@@ -184,8 +184,15 @@ def plain_config(cfg: Mapping, kept: set[str] = frozenset()) -> dict:
     return cfg
 
 
-def _has_fused_form(kind) -> bool:
-    return getattr(MODELS.get(kind) if isinstance(kind, str) else kind, 'has_fused_form', False)
+def _class_of(rule: Mapping) -> type[Reparam]:
+    return MODELS.get(rule['type']) if isinstance(rule['type'], str) else rule['type']
+
+
+def _stays(rule: Mapping, plain: nn.Module) -> bool:
+    """Whether a module where the rule points is what the rule makes, by itself or multiplied by experts that stay."""
+    cls, place = _class_of(rule), glob(rule['at'])
+    found = (module for name, module in plain.named_modules() if place.fullmatch(name))
+    return any(isinstance(m, cls) or (isinstance(m, Experts) and isinstance(m.body(), cls)) for m in found)
 
 
 def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str, Tensor]:

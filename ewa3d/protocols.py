@@ -207,8 +207,9 @@ def vote(model: nn.Module, loader: DataLoader, times: int) -> list[Sample]:
     The model should be in eval mode; pass ``i`` is epoch ``i`` of the data set.
 
     Raises:
-        TypeError: a data set without epochs, of which every pass would be the same; a model that gives no logits
-            ``(B, K)``: scores of points are of other points in each pass.
+        TypeError: a data set without epochs, of which every pass would be the same; a model that does not give logits
+            ``(B, K)``, one row a sample: scores of points are of other points in each pass, and clips have several
+            views by themselves.
         ValueError: a loader that gives the samples in another order each time.
     """
     model = unwrapped(model)
@@ -236,9 +237,10 @@ def _pass(model: nn.Module, loader: DataLoader) -> tuple[Tensor, list[Sample]]:
     for batch in loader:
         batch = model.data_preprocessor(batch, False)
         output = model(batch['inputs'], mode='tensor')
-        if not isinstance(output, Tensor) or output.ndim != 2:
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(batch['data_samples']):
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise TypeError(f'voting averages the logits (B, K) of a classifier, {type(model).__name__} gives {found}')
+            raise TypeError(f'voting averages the logits (B, K) of a classifier, {type(model).__name__} gives {found} '
+                            f'for {len(batch["data_samples"])} samples')
         logits.append(output.double().cpu())
         samples += batch['data_samples']
     loader._iterator = None

@@ -224,7 +224,7 @@ def test_flip():
     assert 15 < flips < 45
 
 
-@pytest.mark.parametrize('size', [(4, 10), (10, 4)])
+@pytest.mark.parametrize('size', [(4, 10), (10, 4), (6, 10), (10, 7), (10, 10)])
 def test_three_crops(size):
     results = LoadClip(3, num_clips=2, test=True)(clip_of(6, size))
     frames = results['img'].as_subclass(torch.Tensor)
@@ -233,10 +233,11 @@ def test_three_crops(size):
     for clip in range(2):
         for crop, start in enumerate((0, 3, 6)):
             part = frames[3 * clip:3 * clip + 3]
-            part = part[..., start:start + 4] if size == (4, 10) else part[..., start:start + 4, :]
-            torch.testing.assert_close(packed[3 * clip + crop], part / 255)
-    with pytest.raises(ValueError, match='have no square of 5'):
-        ThreeCrop(5)(LoadClip(1)(clip_of(2, size)))
+            middle = (min(size) - 4) // 2
+            y, x = (middle, start) if size[1] > size[0] else (start, middle)
+            torch.testing.assert_close(packed[3 * clip + crop], part[..., y:y + 4, x:x + 4] / 255)
+    with pytest.raises(ValueError, match='have no square of 11'):
+        ThreeCrop(11)(LoadClip(1)(clip_of(2, size)))
 
 
 @pytest.mark.parametrize(('make', 'error', 'message'), [
@@ -245,6 +246,7 @@ def test_three_crops(size):
     (lambda: LoadClip(0), ValueError, 'clip_len must be at least 1'),
     (lambda: LoadClip(2.5), TypeError, 'clip_len must be an integer'),
     (lambda: LoadClip(num_clips=0), ValueError, 'num_clips must be at least 1'),
+    (lambda: LoadClip(short_side=0), ValueError, 'short_side must be at least 1, got 0'),
     (lambda: ClipFlip(1.5), ValueError, 'p must lie in'), (lambda: ClipFlip(swap=[1, 2]), TypeError, 'swap is a dict'),
     (lambda: ThreeCrop(0), ValueError, 'size must be at least 1'),
     (lambda: PackClip([0.5], None), ValueError, 'belong together'),

@@ -9,8 +9,11 @@ from torch import nn
 from torch.func import functional_call
 from toys import FFNS, make_ffn, scramble, train_steps
 
+import ewa3d
 from ewa3d import attach_ewa, expand, fuse, param_groups
 from ewa3d.engine.averaging import average_
+from ewa3d.engine.checkpoint import read_checkpoint, write_checkpoint
+from ewa3d.fusing import fuse_checkpoint
 from ewa3d.layers.block import Mlp
 from ewa3d.layers.moe import MoEFFN, begin_routing, routing_losses, routing_stats, to_dense
 from ewa3d.layers.residual import ResidualMoEFFN
@@ -203,15 +206,19 @@ def test_a_layer_at_two_places_adds_up_only_where_a_model_collects():
     assert float(stats['load_max']) <= 4
 
 
-def task_model(rule: dict, **kwargs) -> nn.Module:
-    return MODELS.build(dict(
+def task_config(*rules: dict, **kwargs) -> dict:
+    return dict(
         type='TaskModel',
         backbone=dict(type='TokenEncoder', embed_dim=16, depth=4, num_heads=2, drop_path_rate=0.,
                       tokenizer=dict(type='PointPatchEmbed', num_groups=8, group_size=4, embed_dim=16,
                                      widths=(8, 8, 16))),
         neck=dict(type='TokenPool', mode='cls+max'),
         head=dict(type='ClsHead', form='linear', num_classes=4, dropout=0.),
-        expand=[dict(dict(at='backbone.blocks.*.mlp', every=2), **rule)], **kwargs))
+        expand=[dict(dict(at='backbone.blocks.*.mlp', every=2), **rule) for rule in rules], **kwargs)
+
+
+def task_model(*rules: dict, **kwargs) -> nn.Module:
+    return MODELS.build(task_config(*rules, **kwargs))
 
 
 def batch():
@@ -298,6 +305,23 @@ def test_a_kept_mixture_is_closed():
     assert [row.before for row in to_dense(model)] == ['MoEFFN']
     assert type(model[0]).__name__ == 'RePaFFN'  # the mean FFN, which folds
     assert [row.after for row in fuse(model)] == ['FoldedFFN']
+
+
+@pytest.mark.parametrize('rules', [[dict(type='MoEFFN')], [dict(type='ResidualMoEFFN')],
+                                   [dict(type='RePaFFN'), dict(type='MoEFFN')],
+                                   [dict(type='LinearAdapter', at='backbone.blocks.*.mlp.fc1'), dict(type='MoEFFN')]],
+                         ids=lambda rules: rules[0]['type'])
+def test_the_fuse_tool_keeps_a_mixture_and_what_is_in_it(rules, tmp_path):
+    cfg = dict(model=task_config(*rules), default_hooks=dict(ewa=dict(type='EWAHook')))
+    model = MODELS.build(copy.deepcopy(cfg['model']))
+    scramble(model)
+    write_checkpoint(tmp_path / 'a.pth', model.state_dict(), dict(cfg=cfg))
+    report = fuse_checkpoint(tmp_path / 'a.pth', tmp_path / 'b.pth')
+    assert report.written and report.kept == 2
+    plain = read_checkpoint(tmp_path / 'b.pth')['meta']['cfg']
+    assert plain['model']['expand'] == cfg['model']['expand'] and plain['default_hooks'] == cfg['default_hooks']
+    points = torch.randn(2, 64, 3)
+    torch.testing.assert_close(ewa3d.build(plain, tmp_path / 'b.pth')(points), model.eval()(points))
 
 
 def test_to_dense_on_request():

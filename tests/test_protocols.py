@@ -15,6 +15,7 @@ from ewa3d.engine.hooks import get_rng_state
 from ewa3d.engine.runner import Runner
 from ewa3d.engine.validate import check_config
 from ewa3d.protocols import extract_features, linear_svm, vote
+from ewa3d.structures import Sample
 
 LOADER = dict(batch_size=5, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False, round_up=False))
 SVM = dict(type='LinearSVMHook', train_dataloader=dict(**LOADER, dataset=dict(type='ToyClouds', num_samples=15)))
@@ -271,7 +272,7 @@ def test_voting_on_data_that_others_wrap(voted):
         assert json.loads((folder / name / 'metrics.json').read_text())['OA_vote2'] == expected
 
 
-@pytest.mark.parametrize('output', [torch.zeros(2, 8, 5), dict(logits=torch.zeros(2, 5))])
+@pytest.mark.parametrize('output', [torch.zeros(2, 8, 5), dict(logits=torch.zeros(2, 5)), torch.zeros(6, 5)])
 def test_voting_is_for_classifiers(output):
     class Other(nn.Module):
         def data_preprocessor(self, batch, training):
@@ -279,7 +280,7 @@ def test_voting_is_for_classifiers(output):
 
         def forward(self, inputs, mode):
             return output
-    loader = [dict(inputs={}, data_samples=[])]
+    loader = [dict(inputs={}, data_samples=[Sample(), Sample()])]
     with pytest.raises(TypeError, match=r'logits \(B, K\) of a classifier, Other gives'):
         protocols._pass(Other(), loader)
 

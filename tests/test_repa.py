@@ -104,6 +104,26 @@ def test_inside_ewa_average_first_and_fold_after(at):
     assert isinstance(model[0].mlp, FoldedFFN)
 
 
+def test_in_a_block_with_shifted_heads_adapters_and_experts():
+    """The FFN's branch folds; what was put into the attention stays or is merged by itself."""
+    model = nn.Sequential(make_block(qkv_bias=True))
+    x = torch.randn(6, 4, 8, dtype=torch.float64)
+    expand(model, [dict(type='RePaFFN', at='0'), dict(type='STDHA', at='0.attn', offsets=[-1, 1], num_frames=3)])
+    randomize(model)
+    before = model.eval()(x)
+    expand(model, [dict(type='LinearAdapter', at='0.attn.qkv'),
+                   dict(type='LinearAdapter', at='0.attn.proj', position='after'), dict(type='EWAFFN', at='0.mlp')])
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+    train_steps(model, x)
+    before = model.eval()(x)
+    report = fuse(model)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+    assert [row.name for row in report if row.status == 'kept'] == ['0.attn']
+    assert isinstance(model[0], FoldedBlock) and type(model[0].attn.qkv) is type(model[0].attn.proj) is nn.Linear
+    with pytest.raises(ValueError, match=r"'0\.mlp\.fc1' is inside '0\.mlp', which is already a RePaFFN"):
+        expand(nn.Sequential(make_block()), [dict(type='RePaFFN', at='0'), dict(type='LinearAdapter', at='0.mlp.fc1')])
+
+
 def test_batch_statistics_inside_ewa_are_of_all_tokens():
     """With equal experts, a training step is that of one FFN, statistics included."""
     plain = RePaFFN(6, 20, idle_ratio=0.5, norm='batch', dtype=torch.float64)
@@ -159,7 +179,7 @@ def test_fused_weights_have_a_model():
     model, twin = (nn.Sequential(make_block(), make_block()) for _ in range(2))
     expand(model, rules)
     fuse(model.eval())
-    cfg = plain_config(dict(model=dict(expand=rules), default_hooks=dict(ewa=dict(type='EWAHook'))))
+    cfg = plain_config(dict(model=dict(expand=rules), default_hooks=dict(ewa=dict(type='EWAHook'))), model)
     assert cfg['model']['expand'] == [dict(type='RePaFFN', at='*', last=1, fused=True)]
     assert cfg['default_hooks'] == {}
     report = expand(twin, cfg['model']['expand'])

@@ -93,6 +93,25 @@ def test_resume_between_two_steps_of_an_accumulation_is_exact(tmp_path):
     assert_same_run(tmp_path / 'a', tmp_path / 'b', 2)
 
 
+@pytest.mark.parametrize('kind', ['MoEFFN', 'ResidualMoEFFN'])
+def test_mixtures_that_are_averaged_early_resume_exactly(kind, tmp_path):
+    configs = [toy_config(tmp_path / name, ewa=True, epochs=3) for name in 'ab']
+    for cfg in configs:
+        cfg['model']['expand'] = [dict(type=kind, at='backbone.blocks.*.mlp', num_experts=3, capacity_factor=1.,
+                                       z_weight=1e-3)]
+        cfg['default_hooks']['ewa']['end'] = 0.5
+    train(configs[0])
+    train(configs[1], stop_after=1)
+    torch.manual_seed(123)
+    train({**configs[1], 'resume': True})
+    assert_same_run(tmp_path / 'a', tmp_path / 'b', 3)
+    lines = [json.loads(line) for line in (tmp_path / 'b' / 'metrics.jsonl').read_text().splitlines()]
+    trained = [line for line in lines if line['mode'] == 'train']
+    assert all(line['loss_balance'] > 0 and line['loss_router_z'] > 0 and line['dropped'] >= 0 and line['load_max'] >= 1
+               for line in trained)
+    assert [line['share_rate'] > 0 for line in trained] == [True, False, False]
+
+
 def test_generators_matter(whole, tmp_path):
     """The test above would notice: without the generators' state, the resumed run is another one."""
     cfg = toy_config(tmp_path, **HARD)

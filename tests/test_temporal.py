@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ewa3d import expand, fuse
+from ewa3d import attach_ewa, expand, fuse
 from ewa3d.layers.adapter import LinearAdapter
 from ewa3d.layers.block import Attention, Block
 from ewa3d.layers.temporal import STDHA, bind_frames, shift_heads
@@ -151,13 +151,17 @@ def test_with_adapters_and_experts(order):
     rules = [dict(type='STDHA', at='*.attn', offsets=[-1, 1], num_frames=3),
              dict(type='LinearAdapter', at='*.attn.qkv', rank=2),
              dict(type='LinearAdapter', at='*.attn.proj', position='after', rank=2)]
+    shifted = copy.deepcopy(block)
+    expand(shifted, rules[0])
     expand(block, [*(rules if order else rules[::-1]), dict(type='EWAFFN', at='*.mlp', num_experts=2)])
     assert sum(isinstance(m, LinearAdapter) for m in block.modules()) == 2
-    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        block(x).square().mean().backward()
-        optimizer.step()
+    torch.testing.assert_close(block.eval()(x), shifted.eval()(x), rtol=0, atol=1e-12)  # adapters and experts preserve
+    optimizer = torch.optim.SGD(block.train().parameters(), lr=0.1)
+    with attach_ewa(optimizer, block, total_steps=3):
+        for _ in range(3):
+            optimizer.zero_grad()
+            block(x).square().mean().backward()
+            optimizer.step()
     before = block.eval()(x)
     report = fuse(block)
     torch.testing.assert_close(block(x), before, rtol=0, atol=1e-12)

@@ -320,10 +320,27 @@ class Stays(Reparam):
 
 
 def test_expansions_that_the_key_network_cannot_follow():
-    with pytest.raises(ValueError, match='is a Stays, which does not fuse'):
-        build(expand=[dict(type=Stays, at='backbone.blocks.*.mlp')])
+    for kind in (Stays, 'MoEFFN', 'RePaFFN'):
+        with pytest.raises(ValueError, match=f'is a {getattr(kind, "__name__", kind)}, which does not fuse'):
+            build(expand=[dict(type=kind, at='backbone.blocks.*.mlp')])
+    with pytest.raises(ValueError, match='is a RePaBlock, which does not fuse'):
+        build(expand=[dict(type='RePaFFN', at='backbone.blocks.*')])
     with pytest.raises(ValueError, match=r'momentum.backbone.blocks.0.mlp.fc1.bias has the shape \(2, 64\)'):
         build(expand=[dict(type='EWAFFN', at='momentum.backbone.blocks.*.mlp', num_experts=2)])
+
+
+@pytest.mark.parametrize('rule', [dict(type='MoEFFN', at='backbone.blocks.*.mlp', num_experts=2),
+                                  dict(type='RePaFFN', at='backbone.blocks.*')], ids=lambda rule: rule['type'])
+def test_without_contrast_there_is_nothing_to_follow(rule):
+    model = build(contrast=False, expand=[rule]).train()
+    losses = step(model, clouds())
+    assert ('loss_balance' in losses) == (rule['type'] == 'MoEFFN')
+    points, given = clouds(), draws()
+    before = model.eval()(points, **given)
+    ewa3d.fuse(model)
+    after = model(points, **given)
+    assert 'cls_k' not in before and 'queue_after' not in before
+    torch.testing.assert_close(after['loss_moco_plus_mpm'], before['loss_mpm_real'] + before['loss_mpm_mixed'])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -129,6 +129,10 @@ def test_clips_of_clouds():
     torch.testing.assert_close(model(dict(points=clouds)), before, rtol=0, atol=1e-12)
     tokens = model.backbone.tokenize(dict(points=clouds))
     assert tokens.x.shape == (6, 4, 16) and tokens.target.shape == (6, 4, 5, 3)
+    feats, places = model.backbone.located(dict(points=clouds), (0, 1))
+    assert torch.equal(places, tokens.coord) and model.backbone.tokenizer.temporal_embed.any()
+    for one, other in zip(feats, model.backbone(dict(points=clouds), (0, 1)), strict=True):
+        assert torch.equal(one, other)  # the class token's time included
     with pytest.raises(ValueError, match=r'points must have the shape \(B, 3, N, C\)'):
         model(dict(points=clouds[:, :2]))
 

@@ -2,11 +2,13 @@
 import numpy as np
 import pytest
 import torch
+from engine_toys import on_cpu, toy_config  # noqa: F401
 from test_clips import write_frames, write_video
 
 from ewa3d import fuse
 from ewa3d.datasets.clips import LoadClip, PackClip
 from ewa3d.datasets.videos import MovingShapes, VideoDataset
+from ewa3d.engine.runner import Runner
 from ewa3d.models.task import TaskModel
 from ewa3d.registry import DATASETS
 
@@ -123,6 +125,31 @@ def test_one_frame_says_nothing():
                        for i in range(600)]).reshape(100, 6, -1)
     spread = frames.mean(0).std(0).mean()  # over classes
     assert spread < 1.5 * frames.std(0).mean() / 10  # as far as chance goes
+
+
+def test_a_run_and_its_test_with_several_views(tmp_path):
+    """Two clips of three squares of every video: their probabilities are averaged, and the metric counts videos."""
+    data = dict(type='MovingShapes', num_samples=10, num_frames=6, size=12)
+    one = [dict(type='LoadClip', clip_len=3, short_side=8), dict(type='PackClip')]
+    views = [dict(type='LoadClip', clip_len=3, sampling='dense', num_clips=2, test=True),
+             dict(type='ThreeCrop', size=8), dict(type='PackClip')]
+    cfg = toy_config(tmp_path, epochs=1)
+    tokenizer = dict(type='VideoPatchEmbed', img_size=8, patch_size=4, num_frames=3)
+    cfg['model'] = dict(
+        type='TaskModel', backbone=dict(type='TokenEncoder', tokenizer=tokenizer, embed_dim=16, depth=2, num_heads=2),
+        neck=dict(type='ClipPool'), head=dict(type='I3DHead'),
+        expand=[dict(type='STDHA', at='backbone.blocks.*.attn', offsets=[-1, 1])])
+    for split, pipeline in (('train', one), ('val', views), ('test', views)):
+        cfg[f'{split}_dataloader']['dataset'] = dict(data, split=split, pipeline=pipeline)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    found = runner.test()['OA']
+    samples = [runner.test_dataloader.dataset[i] for i in range(10)]
+    assert samples[0]['inputs']['video'].shape == (6, 3, 3, 8, 8)
+    with torch.no_grad():
+        scores = [runner.model.eval()(dict(video=s['inputs']['video'])).softmax(-1).mean(0) for s in samples]
+    hits = [int(score.argmax()) == int(s['data_samples'].gt_label) for score, s in zip(scores, samples)]
+    assert found == pytest.approx(100 * sum(hits) / 10)
 
 
 def test_they_are_registered():

@@ -158,7 +158,10 @@ class PointDataset(Dataset):
         anew."""
         self.full_init()
         index = self._chosen[operator.index(i)]
-        results = self._start(index)
+        try:
+            results = self._start(index)
+        except KEPT_ERRORS as error:
+            raise self._located(error, index) from error
         if repeat:
             results['rng'] = np.random.default_rng((self.seed or 0, self.epoch, index, repeat))
         for step in self.pipeline:
@@ -189,13 +192,10 @@ class PointDataset(Dataset):
         return str(entry.get('name') or entry.get('path') or f'{type(self).__name__}[{index}]')
 
     def _start(self, index: int) -> dict:
-        entry = self._data_list[index]
-        name = self._name(index)
-        try:
-            results = {**self._defaults(index), **entry, **self.load_cloud(entry)}
-            points = as_cloud(results['points'], name).view()
-        except KEPT_ERRORS as error:
-            raise self._located(error, index) from error
+        """What the pipeline is given; errors of it are told apart by the sample's name."""
+        entry, name = self._data_list[index], self._name(index)
+        results = {**self._defaults(index), **entry, **self.load_cloud(entry)}
+        points = as_cloud(results['points'], name).view()
         if not isinstance(results['normals'], (bool, np.bool_)):
             raise TypeError(f"{name}: 'normals' says whether columns 3 to 5 of 'points' are normals (True or "
                             f"False), got {type(results['normals']).__name__}; put the vectors into these columns")

@@ -210,7 +210,7 @@ class LoadClip:
         if sampling == 'uniform' and interval != 1:
             raise ValueError(f"LoadClip: interval={interval} belongs to sampling='dense'")
         for name, value in (('clip_len', clip_len), ('interval', interval), ('num_clips', num_clips),
-                            ('short_side', short_side or 1)):
+                            ('short_side', 1 if short_side is None else short_side)):
             check_integer(f'LoadClip: {name}', value, 1)
         self.clip_len, self.sampling, self.interval = clip_len, sampling, interval
         self.num_clips, self.test, self.short_side = num_clips, bool(test), short_side
@@ -263,7 +263,8 @@ class ClipFlip:
 
 @TRANSFORMS.register_module()
 class ThreeCrop:
-    """Three squares of ``size`` from each frame, at the ends and in the middle of the longer side: views of their own.
+    """Three squares of ``size`` from each frame, at the ends and in the middle of the longer side and in the middle of
+    the other one: views of their own.
 
     Raises:
         ValueError: frames smaller than ``size``.
@@ -277,8 +278,9 @@ class ThreeCrop:
         height, width = img.shape[-2:]
         if min(height, width) < size:
             raise ValueError(f'ThreeCrop: frames of {width} × {height} have no square of {size}')
+        wide = width > height
         crops = [img[..., y:y + size, x:x + size] for y, x in (
-            ((height - size) * i // 2, (width - size) * i // 2) for i in range(3))]
+            ((height - size) * (1 if wide else i) // 2, (width - size) * (i if wide else 1) // 2) for i in range(3))]
         # views are the slowest: all crops of the first clip, then of the second
         results['img'] = torch.stack([crop.unflatten(0, (views, -1)) for crop in crops], 1).flatten(0, 2)
         results['num_views'] = 3 * views

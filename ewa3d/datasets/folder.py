@@ -65,11 +65,7 @@ class FolderPointCloud(PointDataset):
         super().__init__(root, split, **kwargs)
 
     def load_metainfo(self) -> dict:
-        found = self._tree.classes
-        wanted = self._wanted_classes or tuple(found)
-        missing = [name for name in wanted if name not in found]
-        if missing:
-            raise ValueError(f'{self.data_root}: has no class folder {missing[0]!r}; {nearest(missing[0], found)}')
+        wanted = wanted_classes(self.data_root, self._tree.classes, self._wanted_classes)
         if len(wanted) < 2 and self._wanted_classes is None:
             raise ValueError(f'{self.data_root}: holds only one class, {wanted[0]!r}; if that is meant, say so with '
                              f'classes={list(wanted)}')
@@ -172,6 +168,14 @@ class Tree:
             raise ValueError(f'{self.root}: has no split {split!r}; there are {", ".join(self.splits)}')
         return [folder for (category, level), folder in self._found.items()
                 if category == name and (split is None or level in (None, split))]
+
+
+def wanted_classes(root: Path, found: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """``wanted``, all of which have to be among the class folders ``found``; by default these."""
+    for name in wanted or ():
+        if name not in found:
+            raise ValueError(f'{root}: has no class folder {name!r}; {nearest(name, found)}')
+    return tuple(wanted or found)
 
 
 def _check_case(folders: list[Path]) -> None:

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ewa3d.datasets.base import KEPT_ERRORS, PointDataset, require_folder
-from ewa3d.datasets.folder import Tree, subfolders
+from ewa3d.datasets.base import PointDataset, require_folder
+from ewa3d.datasets.folder import Tree, subfolders, wanted_classes
 from ewa3d.datasets.pickles import read_numpy_pickle
 from ewa3d.registry import DATASETS, nearest
 
@@ -99,11 +99,8 @@ class ImageDataset(PointDataset):
 
     def _start(self, index: int) -> dict:
         entry, name = self._data_list[index], self._name(index)
-        try:
-            results = {**self._defaults(index), **entry, **self.load_image(entry)}
-            img = check_image(results['img'], name).view()
-        except KEPT_ERRORS as error:
-            raise self._located(error, index) from error
+        results = {**self._defaults(index), **entry, **self.load_image(entry)}
+        img = check_image(results['img'], name).view()
         img.flags.writeable = False  # a transform that writes in place would change the data for good
         results.update(img=img, name=name)
         return results
@@ -252,12 +249,7 @@ class ImageFolder(ImageDataset):
         return self._tree.folders(name, self.split)
 
     def load_metainfo(self) -> dict:
-        found = self._all_classes()
-        wanted = self._wanted_classes or tuple(found)
-        for name in wanted:
-            if name not in found:
-                raise ValueError(f'{self.data_root}: has no class folder {name!r}; {nearest(name, found)}')
-        return dict(classes=wanted)
+        return dict(classes=wanted_classes(self.data_root, self._all_classes(), self._wanted_classes))
 
     def load_data_list(self) -> list[dict]:
         entries = [dict(path=file, label=label, name=str(file.relative_to(self.data_root)))

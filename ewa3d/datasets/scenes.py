@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ewa3d.checks import is_number
-from ewa3d.datasets.base import KEPT_ERRORS, PointDataset, require_folder
+from ewa3d.datasets.base import PointDataset, require_folder
 from ewa3d.datasets.io import EXTENSIONS, read_cloud
 from ewa3d.datasets.modelnet import read_lines
 from ewa3d.registry import DATASETS, nearest
@@ -32,12 +32,9 @@ class SceneDataset(PointDataset):
     def _start(self, index: int) -> dict:
         results = super()._start(index)
         entry, name = self._data_list[index], results['name']
-        try:
-            results['boxes'], results['box_labels'] = check_boxes(
-                results.get('boxes'), results.get('box_labels'), str(entry.get('boxes_path', name)),
-                self._metainfo.get('classes'))
-        except KEPT_ERRORS as error:
-            raise self._located(error, index) from error
+        results['boxes'], results['box_labels'] = check_boxes(
+            results.get('boxes'), results.get('box_labels'), str(entry.get('boxes_path', name)),
+            self._metainfo.get('classes'))
         return results
 
 

@@ -6,10 +6,10 @@ from typing import ClassVar
 import numpy as np
 
 from ewa3d.checks import check_integer, check_number
-from ewa3d.datasets.base import KEPT_ERRORS, PointDataset, require_folder
+from ewa3d.datasets.base import PointDataset, require_folder
 from ewa3d.datasets.clips import VIDEOS, check_video
-from ewa3d.datasets.folder import Tree
-from ewa3d.registry import DATASETS, nearest
+from ewa3d.datasets.folder import Tree, wanted_classes
+from ewa3d.registry import DATASETS
 
 __all__ = ['MovingShapes', 'VideoDataset']
 
@@ -23,15 +23,12 @@ class ClipDataset(PointDataset):
 
     def _start(self, index: int) -> dict:
         entry, name = self._data_list[index], self._name(index)
-        try:
-            results = {**self._defaults(index), **entry, 'name': name}
-            if 'video' in results:
-                results['video'] = check_video(results['video'], name).view()
-                results['video'].flags.writeable = False
-            elif 'path' not in results:
-                raise KeyError(f"an entry of the data list needs 'video' or 'path', got {sorted(entry)}")
-        except KEPT_ERRORS as error:
-            raise self._located(error, index) from error
+        results = {**self._defaults(index), **entry, 'name': name}
+        if 'video' in results:
+            results['video'] = check_video(results['video'], name).view()
+            results['video'].flags.writeable = False
+        elif 'path' not in results:
+            raise KeyError(f"an entry of the data list needs 'video' or 'path', got {sorted(entry)}")
         return results
 
     def _defaults(self, index: int) -> dict:
@@ -78,10 +75,7 @@ class VideoDataset(ClipDataset):
     def load_metainfo(self) -> dict:
         if self._tree is None:
             return dict(classes=self._wanted or tuple(map(str, range(1 + max(label for _, label in self._lines)))))
-        for name in self._wanted or ():
-            if name not in self._tree.classes:
-                raise ValueError(f'{self.data_root}: has no class folder {name!r}; {nearest(name, self._tree.classes)}')
-        return dict(classes=self._wanted or tuple(self._tree.classes))
+        return dict(classes=wanted_classes(self.data_root, self._tree.classes, self._wanted))
 
     def load_data_list(self) -> list[dict]:
         found = self._lines

@@ -1,7 +1,6 @@
 """The schedules of Point-BERT's tokenizer."""
 from collections.abc import Mapping
 
-from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
 from ewa3d.checks import check_number
@@ -56,8 +55,6 @@ class DVAEScheduleHook(Hook):
         if self.score_spread is not None and runner.iter == 0:
             model = unwrapped(runner.model)
             model.spread_scores(model.data_preprocessor(data_batch, True)['inputs'], self.score_spread)
-            for parameter in model.dgcnn_1.layer5[1].parameters():  # every rank has a batch of its own
-                broadcast(parameter.data)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         for name in self.ramps:

@@ -59,7 +59,7 @@ class LinearAdapter(Reparam):
     Shape:
         - ``(..., in_features)`` to ``(..., out_features)``.
     """
-    accepts = ('StackedExperts', 'STDHA')
+    accepts = ('StackedExperts', 'STDHA', 'RePaBlock')
 
     def __init__(self, plain: nn.Linear, position: str, adapter: Bottleneck):
         super().__init__()

@@ -213,6 +213,7 @@ class RePaBlock(Reparam):
         TypeError: a block that lacks one of these or computes something else.
     """
     preserves = False
+    has_fused_form = True
 
     def __init__(self, block: nn.Module, mlp: RePaFFN):
         super().__init__()

@@ -58,6 +58,7 @@ class STDHA(Reparam, Attention):
             whole clips, a number of frames that is not set. TypeError: offsets that are no integers.
     """
     preserves = False
+    accepts = ('RePaBlock',)
 
     def __init__(self, dim: int, num_heads: int, offsets: Sequence[int], num_frames: int | None = None, **kwargs):
         Attention.__init__(self, dim, num_heads, **kwargs)

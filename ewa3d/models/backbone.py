@@ -194,13 +194,15 @@ class TokenEncoder(TransformerStack):
     def located(self, inputs, out_indices: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
         """:meth:`encode`'s features of some blocks, and where the tokens behind the prefix are, ``(B, L, D)``."""
         tokens = self.tokenize(inputs)
-        return self.encode(tokens.x, tokens.pos, out_indices, modality=self.modality_of(inputs)), tokens.coord
+        return self._encoded(tokens, inputs, out_indices), tokens.coord
 
     def _own_norms(self) -> list[nn.Module]:
         return [self.norm, *(norm for block in self.blocks for norm in (block.norm1, block.norm2))]
 
     def forward(self, inputs, out_indices: Sequence[int] = ()):
-        tokens = self.tokenize(inputs)
+        return self._encoded(self.tokenize(inputs), inputs, out_indices)
+
+    def _encoded(self, tokens: Tokens, inputs, out_indices: Sequence[int]):
         return self.encode(tokens.x, tokens.pos, out_indices, modality=self.modality_of(inputs),
                            prefix_pos=tokens.prefix_pos)
 

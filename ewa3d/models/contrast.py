@@ -89,7 +89,7 @@ def plain_parameters(module: nn.Module) -> dict[str, Tensor]:
     found = dict(module.named_parameters(recurse=False))
     for name, child in module.named_children():
         while isinstance(child, Reparam):
-            fused = child.fuse()
+            fused = child if child.has_fused_form else child.fuse()
             if fused is child:
                 raise ValueError(f'{name!r} is a {type(child).__name__}, which does not fuse into a plain module that '
                                  'the momentum network could follow; expand other modules, or by another class')

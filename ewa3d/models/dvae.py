@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from mmengine.dist import broadcast
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
@@ -160,6 +161,8 @@ class DiscreteVAE(ExpandableModel):
         norm, deviation = self.dgcnn_1.layer5[1], scores.std(0).clamp_min(1e-6)
         norm.bias.copy_((norm.bias - scores.mean(0)) * spread / deviation)
         norm.weight.mul_(spread / deviation)
+        for parameter in (norm.weight, norm.bias):  # every rank has clouds of its own: those of the first count
+            broadcast(parameter)
 
     @torch.no_grad()
     def labels(self, inputs: dict | Tensor) -> Tensor:

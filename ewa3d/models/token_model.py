@@ -79,7 +79,8 @@ class MaskedTokenModel(ExpandableModel):
         key_momentum: share of itself that the key network keeps in a step.
         queue_size: number of keys in the queue.
         init_encoder: start from the tokenizer's mini-PointNet, where ``dvae`` has weights.
-        expand, pretrained, data_preprocessor: see :class:`~ewa3d.models.base.ExpandableModel`.
+        expand, pretrained, data_preprocessor: see :class:`~ewa3d.models.base.ExpandableModel`. With a contrast, what
+            rules expand has to fuse into plain modules, which the key network follows.
 
     Shape:
         - inputs ``dict(points=(B, N, 3 + F))``; draws as in :class:`Draws`, ``mask`` by name and the others by name or
@@ -119,10 +120,11 @@ class MaskedTokenModel(ExpandableModel):
         self.register_buffer('queue_ptr', torch.zeros(1, dtype=torch.int64))
         self.momentum = KeyNetwork(self)
         self.finish(pretrained, expand)
-        followed = self.momentum.followed(self)  # an expansion that the key network cannot follow is found now
-        if pretrained and not any(key.startswith('momentum.') for key in self.load_report.matched):
-            own = {**self.state_dict(), **followed}
-            self.momentum.load_state_dict({name: own[name] for name in self.momentum.state_dict()})
+        if contrast or moco:
+            followed = self.momentum.followed(self)  # an expansion that the key network cannot follow is found now
+            if pretrained and not any(key.startswith('momentum.') for key in self.load_report.matched):
+                own = {**self.state_dict(), **followed}
+                self.momentum.load_state_dict({name: own[name] for name in self.momentum.state_dict()})
 
     def train(self, mode: bool = True):
         """As usual, but for the tokenizer, which stays in eval mode."""
@@ -265,21 +267,22 @@ class MaskedTokenModel(ExpandableModel):
 
         ``eval_cls_feature`` (:meth:`extract`), ``center``, ``dvae_logits``, ``dvae_label``; ``block_{i}`` (before the
         norm), ``cls_q``, ``logits_masked``, ``logits_unmasked`` of the real clouds; ``mixed_`` blocks, ``cls_q``,
-        ``logits_masked``, ``center`` and ``label``; ``cls_k``, of the key network after a momentum step; every loss;
-        ``queue_after`` and ``queue_ptr_after``.
+        ``logits_masked``, ``center`` and ``label``; every loss; and with a contrast ``cls_k``, of the key network after
+        a momentum step, ``queue_after`` and ``queue_ptr_after``.
         """
         scores, mask = self.scores(center, patches), drawn.masks
         labels = drawn.with_mixed(scores.argmax(-1))
         blocks = self.features(center, patches, drawn, out_indices=range(len(self.backbone.blocks)), norm=False)
         x = self.backbone.norm(blocks[-1])
         projected, logits = self.cls_head(x[:, 0]), self.lm_head(x[:, 1:])
-        keys = self.keys(center, patches, drawn.mask_k, move=False)
-        found = dict(eval_cls_feature=self.extract(points), center=center, dvae_logits=scores, cls_k=keys,
-                     **self._token_losses(x[:, 1:], labels, mask, None),
-                     **self._contrast_losses(projected, keys, drawn.mixup_ratio))
+        found = dict(eval_cls_feature=self.extract(points), center=center, dvae_logits=scores,
+                     **self._token_losses(x[:, 1:], labels, mask, None))
+        if self.contrast or self.moco:
+            found['cls_k'] = keys = self.keys(center, patches, drawn.mask_k, move=False)
+            found.update(self._contrast_losses(projected, keys, drawn.mixup_ratio))
+            found['queue_after'], found['queue_ptr_after'] = self._enqueued(keys)
         found['loss_moco_plus_mpm'] = sum(value for name, value in found.items() if name.startswith('loss_m')
                                           and name != 'loss_mixed_contrast')
-        found['queue_after'], found['queue_ptr_after'] = self._enqueued(keys)
         for i, block in enumerate(blocks):
             found[f'block_{i}'], found[f'mixed_block_{i}'] = block.chunk(2)
         (real, mixed), (real_mask, mixed_mask) = logits.chunk(2), mask.chunk(2)
@@ -309,10 +312,6 @@ def _check_draw(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f'MaskedTokenModel: {name} must be a {kind} of the shape {shape}, got {got}')
     if name in ('mask', 'mask_mixed') and not value.any():  # waits for the device, for a given mask only
         raise ValueError(f'MaskedTokenModel: {name} masks no patch at all; there is nothing to predict')
-
-
-def _shape(shapes: Mapping, name: str) -> str:
-    return str(tuple(shapes[name])) if name in shapes else 'no such parameter'
 
 
 def _checked_backbone(backbone: nn.Module) -> nn.Module:
