@@ -51,9 +51,10 @@ class TaskMetrics(BaseMetric):
             metric.dataset_meta = dataset_meta if sources is None else sources[self.data[name]]
 
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:
-        """Count one batch, for each task on the samples of its source."""
+        """Count one batch, for each task its own predictions on the samples of its source."""
         for name, metric in self.metrics.items():
-            mine = [sample for sample in data_samples if sample.get('source', self.data[name]) == self.data[name]]
+            mine = [{**sample, **sample.get('by_task', {}).get(name, {})} for sample in data_samples
+                    if sample.get('source', self.data[name]) == self.data[name]]
             if mine:
                 metric.process(data_batch, mine)
 

@@ -21,7 +21,8 @@ class Sample(BaseDataElement):
       ``visible_points`` and ``reconstructed_points``;
     * ``gt_boxes`` float ``(M, 7)`` and ``gt_labels`` int64 ``(M,)``, none or more (:mod:`ewa3d.ops.boxes`);
       ``pred_boxes`` ``(Q, 7)``, ``pred_scores`` ``(Q, num_classes)`` and ``pred_objectness`` ``(Q,)``;
-    * ``gt_tokens`` and ``pred_tokens`` int64 ``(G,)``, codes of patches; ``masked`` bool ``(G,)``.
+    * ``gt_tokens`` and ``pred_tokens`` int64 ``(G,)``, codes of patches; ``masked`` bool ``(G,)``;
+    * ``by_task``, task → field → value, what each of several tasks predicts.
 
     Metainfo: ``name`` (what the data set calls the example, used in error messages) and ``index``.
     """

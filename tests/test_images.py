@@ -45,6 +45,30 @@ def test_cifar10(tmp_path, protocol):
     assert len(CIFAR10(tmp_path, indices=[3, 1])) == 2
 
 
+def test_cifar_with_names_in_bytes(tmp_path):
+    """As files are that were written anew with what ``encoding='bytes'`` gave."""
+    write_cifar(tmp_path)
+    for file in tmp_path.iterdir():
+        content = {key.encode(): value for key, value in pickle.loads(file.read_bytes()).items()}
+        if b'label_names' in content:
+            content[b'label_names'] = [name.encode() for name in content[b'label_names']]
+        file.write_bytes(pickle.dumps(content))
+    data = CIFAR10(tmp_path)
+    assert data.metainfo['classes'] == ('cat', 'dog', 'ship') and len(data) == 20
+
+
+def test_cifar_that_is_cut_off(tmp_path):
+    write_cifar(tmp_path)
+    whole = (tmp_path / 'data_batch_2').read_bytes()
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        (tmp_path / 'data_batch_2').write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r'data_batch_2: refused or broken pickle: .'):
+            CIFAR10(tmp_path)
+    (tmp_path / 'data_batch_2').write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match=r'data_batch_2: a dict was expected .* it holds a list'):
+        CIFAR10(tmp_path)
+
+
 def test_cifar100(tmp_path):
     folder = tmp_path / 'cifar-100-python'
     folder.mkdir()
@@ -162,6 +186,17 @@ def test_an_image_that_does_not_decode(tmp_path, caplog):
     assert '2 of 4 images do not decode and are skipped' in caplog.text and '1.jpg' in caplog.text
     with pytest.raises(FileNotFoundError, match='no such file'):
         decode_image(tmp_path / 'nowhere.png')
+
+
+def test_images_of_more_than_eight_bits(tmp_path):
+    values = np.array([[0, 255, 256], [40000, 65535, 513]], np.uint16)
+    Image.fromarray(values).save(tmp_path / 'a.png')
+    for mode, channels in (('L', 1), ('RGB', 3)):
+        image = decode_image(tmp_path / 'a.png', mode)
+        assert (image == np.repeat((values >> 8)[..., None], channels, 2)).all()
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / 'b.tiff')
+    with pytest.raises(ValueError, match=r'b\.tiff: the image does not decode .*32 bits'):
+        decode_image(tmp_path / 'b.tiff')
 
 
 def test_imagenet(tmp_path):

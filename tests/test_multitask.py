@@ -148,6 +148,29 @@ def test_two_tasks_of_one_modality():
     torch.testing.assert_close(model.tasks['clouds'].neck(expected), model.extract(inputs)['clouds'])
 
 
+def test_two_tasks_with_heads_of_a_kind_are_judged_apart():
+    """Both write pred_label; each one's metric looks at its own."""
+    def change(cfg):
+        cfg['tasks']['again'] = dict(copy.deepcopy(cfg['tasks']['clouds']), data='clouds')
+
+    model = build(change=change).eval()
+    inputs, samples = batch('clouds', 8)
+    for name, wrong in (('clouds', 0), ('again', 1)):  # the labels by heart, and all one beside
+        head = model.tasks[name].head
+        head.forward = lambda feats, wrong=wrong: torch.eye(4)[(torch.arange(8) + wrong) % 4]
+    metric = TaskMetrics(dict(clouds=dict(type='Accuracy'), again=dict(type='Accuracy')), data=dict(again='clouds'))
+    metric.dataset_meta = dict(sources=dict(clouds=dict(classes=list('abcd'))))
+    for _ in range(2):  # also on samples that have predictions already
+        predicted = model(inputs, samples, mode='predict')
+        assert [predicted[1].by_task[name]['pred_label'].item() for name in ('clouds', 'again')] == [1, 2]
+        assert predicted[1].gt_label == 1 and set(predicted[1].by_task['again']) == {'pred_scores', 'pred_label'}
+        metric.process(None, [sample.to_dict() for sample in predicted])
+        values = metric.evaluate(8)
+        assert (values['clouds/OA'], values['again/OA']) == (100, 0)
+    assert 'by_task' not in model(*batch('images'), mode='predict')[0]
+    assert set(model(inputs, mode='predict')[0].by_task) == {'clouds', 'again'}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 # ---------------------------------------------------------------------------------------------------------------------

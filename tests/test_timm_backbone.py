@@ -6,6 +6,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from torchvision.models import swin_transformer
 
 from ewa3d import expand, fuse
 from ewa3d.engine.params import layer_numbers, param_groups
@@ -64,6 +65,22 @@ def test_tokenize_and_encode(name):
         backbone.encode(tokens.x, tokens.pos, (3,))
 
 
+def test_images_of_any_size():
+    backbone = make('vit_tiny_patch16_224', dynamic_img_size=True)
+    x = torch.randn(2, 3, 40, 24)
+    tokens = backbone.tokenize(x)
+    assert tokens.pos.shape == (2, 15, 24) and tokens.coord.shape == (2, 15, 2)
+    torch.testing.assert_close(backbone.encode(tokens.x, tokens.pos), backbone(x))
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'eva02_tiny_patch14_224', 'swin_tiny_patch4_window7_224'])
+def test_images_of_another_kind(name):
+    backbone = make(name)
+    for x in (images(48), images()[:, :1]):
+        with pytest.raises(ValueError, match=rf'{name} takes images \(B, 3, 32, 32\), got \(2, '):
+            backbone(x)
+
+
 @pytest.mark.parametrize('name', OTHERS)
 def test_models_that_need_more_than_tokens(name):
     backbone, x = make(name), images()
@@ -89,6 +106,7 @@ def test_modes_and_flags_reach_the_model():
 
 
 @pytest.mark.parametrize(('name', 'at'), [('vit_tiny_patch16_224', 'backbone.blocks.*.mlp'),
+                                          ('deit_tiny_distilled_patch16_224', 'backbone.blocks.*.mlp'),
                                           ('eva02_tiny_patch14_224', 'backbone.blocks.*.mlp'),
                                           ('swin_tiny_patch4_window7_224', 'backbone.layers.*.blocks.*.mlp')])
 def test_fused_weights_go_back_into_plain_timm(name, at):
@@ -109,6 +127,22 @@ def test_fused_weights_go_back_into_plain_timm(name, at):
     plain = timm.create_model(name, num_classes=5, **kwargs).eval()
     plain.load_state_dict(timm_weights(model), strict=True)
     torch.testing.assert_close(plain(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'mode', 'alike'), [
+    ('vit_tiny_patch16_224', 'cls', True), ('vit_tiny_patch16_224', 'mean', False),
+    ('deit_tiny_distilled_patch16_224', 'cls', False), ('eva02_tiny_patch14_224', 'cls', False),
+    ('swin_tiny_patch4_window7_224', 'mean', False)])
+def test_the_classifier_goes_along_where_it_sees_the_same(name, mode, alike):
+    """A distilled model gives the mean of two tokens, EVA pools before its last norm."""
+    kwargs, x = {**VITS, **OTHERS}[name], images()
+    model = MODELS.build(dict(type='TaskModel', backbone=dict(type='TimmBackbone', name=name, **kwargs),
+                              neck=dict(type='TokenPool', mode=mode),
+                              head=dict(type='ClsHead', form='linear', num_classes=5))).eval()
+    plain = timm.create_model(name, num_classes=5 if alike else 0, **kwargs).eval()
+    plain.load_state_dict(timm_weights(model), strict=True)
+    if alike:
+        torch.testing.assert_close(plain(x), model(dict(img=x)))
 
 
 def test_weights_without_a_linear_head():
@@ -156,13 +190,22 @@ def test_torchvision_vit():
     backbone.load(source.state_dict())
     x = images()
     torch.testing.assert_close(source.heads(backbone(x)), source(x), atol=1e-5, rtol=1e-5)
+    larger = TimmBackbone('vit_tiny_patch16_224', **{**TINY, 'img_size': 48})
+    larger.load(source.state_dict())
+    torch.testing.assert_close(larger.model.pos_embed[:, :1], source.encoder.pos_embedding[:, :1])
     assert {'head.weight', 'cls_token', 'blocks.2.attn.qkv.weight'} <= from_torchvision(source.state_dict()).keys()
 
 
-def test_torchvision_swin():
-    source = torchvision.models.SwinTransformer([2, 2], 8, [1, 2], [1, 2], [4, 4], num_classes=5).eval()
-    kwargs = dict(OTHERS['swin_tiny_patch4_window7_224'], depths=(1, 2))
-    backbone = TimmBackbone('swin_tiny_patch4_window7_224', pool=True, **kwargs).eval()
+@pytest.mark.parametrize(('name', 'parts'), [
+    ('swin_tiny_patch4_window7_224', {}),
+    ('swinv2_tiny_window8_256', dict(block=swin_transformer.SwinTransformerBlockV2,
+                                     downsample_layer=swin_transformer.PatchMergingV2))])
+def test_torchvision_swin(name, parts):
+    source = torchvision.models.SwinTransformer([2, 2], 8, [1, 2], [1, 2], [4, 4], num_classes=5, **parts).eval()
+    for parameter in source.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter)
+    backbone = TimmBackbone(name, pool=True, **OTHERS['swin_tiny_patch4_window7_224']).eval()
     backbone.load(source.state_dict())
     x = images()
     torch.testing.assert_close(source.head(backbone(x)), source(x), atol=1e-5, rtol=1e-5)

@@ -37,6 +37,10 @@ def decode_image(path: str | Path, mode: str = 'RGB', size: tuple[int, int] | No
         with Image.open(path) as image:
             if size is not None:
                 image.draft(mode, size)
+            if image.mode in ('I', 'F'):
+                raise ValueError('numbers of 32 bits, whose range nothing says')
+            if image.mode.startswith('I;16'):  # convert() would clip to 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             array = np.asarray(image.convert(mode))
     except Exception as error:  # damaged bytes can make a decoder fail in any way
         raise ValueError(f'{path}: the image does not decode ({type(error).__name__}: {error})') from error
@@ -147,7 +151,7 @@ class CIFAR10(ImageDataset):
 
     def load_metainfo(self) -> dict:
         file, key = self.META
-        return dict(classes=tuple(map(str, self._content(file, key)[0])))
+        return dict(classes=tuple(map(_text, self._content(file, key)[0])))
 
     def load_data_list(self) -> list[dict]:
         entries = []
@@ -168,11 +172,20 @@ class CIFAR10(ImageDataset):
             raise FileNotFoundError(f'{path}: there is no such file; {type(self).__name__} expects '
                                     f'{", ".join((self.META[0], *self.FILES[self.split]))} there')
         content = read_numpy_pickle(path)
+        if not isinstance(content, dict):
+            raise ValueError(f'{path}: a dict was expected of a file of {type(self).__name__}, it holds a '
+                             f'{type(content).__name__}')
+        content = {_text(key): value for key, value in content.items()}
         for key in keys:
-            if not isinstance(content, dict) or key not in content:
-                found = nearest(key, content) if isinstance(content, dict) else f'it holds a {type(content).__name__}'
-                raise ValueError(f'{path}: no {key!r} in it, so it is no file of {type(self).__name__}; {found}')
+            if key not in content:
+                raise ValueError(f'{path}: no {key!r} in it, so it is no file of {type(self).__name__}; '
+                                 f'{nearest(key, content)}')
         return [content[key] for key in keys]
+
+
+def _text(value) -> str:
+    """A name in a batch: bytes where somebody wrote the file anew with what ``encoding='bytes'`` gave."""
+    return value.decode('latin1') if isinstance(value, bytes) else str(value)
 
 
 @DATASETS.register_module()

@@ -151,4 +151,4 @@ def read_numpy_pickle(path: str | Path):
         try:
             return with_arrays(_NumpyUnpickler(file, encoding='latin1').load(), {})
         except Exception as error:
-            raise ValueError(f'{path}: refused or broken pickle: {error}') from error
+            raise ValueError(f'{path}: refused or broken pickle: {str(error) or "it is cut off"}') from error

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ewa3d.layers.temporal import bind_frames
 from ewa3d.layers.video_tokens import frames_of_backbone
 from ewa3d.models.base import ExpandableModel, build_module, check_mode, inputs_of
-from ewa3d.models.tasks import build_branch, build_tasks, features_by_task, tasks_of_batch
+from ewa3d.models.tasks import build_branch, build_tasks, features_by_task, predict_tasks, tasks_of_batch
 from ewa3d.registry import MODELS
 from ewa3d.structures import Sample
 
@@ -27,7 +27,8 @@ class TaskModel(ExpandableModel):
         tasks: instead of one neck and head, several by name: ``name → dict(head, neck=None, modality=None, data=name,
             loss_weight=1.0)``. ``modality`` is the name of the backbone's tokenizer, ``data`` the source of a
             ``MixedDataset``; several tasks may have the same. A batch is of one source, and the tasks of that source
-            learn from it. Losses and metrics have the task's name in front, ``cifar10/loss_cls``.
+            learn from it. Losses and metrics have the task's name in front, ``cifar10/loss_cls``. Where
+            several tasks predict for a sample, ``sample.by_task[name]`` holds each one's own.
 
     Shape:
         - inputs ``dict(points=(B, N, 3 + F))`` or ``dict(img=(B, C, H, W))``, of clips ``(B, T, N, 3 + F)`` or
@@ -94,9 +95,7 @@ class TaskModel(ExpandableModel):
         feats = features_by_task(self.backbone, tasks, inputs)
         if mode == 'tensor':
             return {name: task.head(feats[name]) for name, task in tasks.items()}
-        if mode == 'predict':  # each head adds its predictions to the samples
-            for name, task in tasks.items():
-                data_samples = task.head.predict(feats[name], data_samples)
-            return data_samples
+        if mode == 'predict':
+            return predict_tasks(tasks, feats, data_samples)
         return {f'{name}/{key}': value * task.loss_weight if 'loss' in key else value for name, task in tasks.items()
                 for key, value in task.head.loss(feats[name], data_samples).items()}

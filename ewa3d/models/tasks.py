@@ -9,7 +9,7 @@ from ewa3d.models.base import build_module
 from ewa3d.registry import nearest
 from ewa3d.structures import Sample
 
-__all__ = ['Task', 'build_branch', 'build_tasks', 'features_by_task', 'tasks_of_batch']
+__all__ = ['Task', 'build_branch', 'build_tasks', 'features_by_task', 'predict_tasks', 'tasks_of_batch']
 
 
 class Task(nn.Module):
@@ -132,3 +132,19 @@ def _features(backbone: nn.Module, group: Mapping[str, Task], inputs, modality: 
             x = outputs[depth - 1]
             feats[name] = x if task.neck is None else task.neck(x)
     return feats
+
+
+def predict_tasks(tasks: Mapping[str, Task], feats: Mapping[str, Tensor],
+                  samples: Sequence[Sample] | None = None) -> list[Sample]:
+    """The samples with what each task's head predicts. Heads may write into the same fields, so where there are several
+    tasks each sample has them apart as well: ``by_task``, task → field → value."""
+    found = {name: task.head.predict(feats[name], samples and [sample.new() for sample in samples])
+             for name, task in tasks.items()}
+    samples = [Sample() for _ in next(iter(found.values()))] if samples is None else list(samples)
+    for sample, *own in zip(samples, *found.values()):
+        fields = [{key: value for key, value in mine.items() if value is not sample.get(key)} for mine in own]
+        for predicted in fields:
+            sample.set_data(predicted)
+        if len(fields) > 1:
+            sample.by_task = dict(zip(found, fields))
+    return samples

@@ -71,7 +71,7 @@ class TimmBackbone(nn.Module):
     def forward(self, inputs: Mapping | Tensor, out_indices: Sequence[int] = ()):
         """Tokens after the final norm, or with ``out_indices`` a tuple of what these blocks (a Swin's: stages) give,
         each ``(B, num_prefix_tokens + L, C)``; a stage may have another width and number of tokens."""
-        img = images_of(inputs)
+        img = self._images(inputs)
         if out_indices:
             return self._intermediates(img, out_indices)
         x = self.model.forward_features(img)
@@ -80,11 +80,14 @@ class TimmBackbone(nn.Module):
     def tokenize(self, inputs: Mapping | Tensor) -> Tokens:
         """Patch tokens and their positions, without prefix tokens; plain ViTs only (see :meth:`encode`)."""
         model = self._plain_vit('tokenize')
-        x = model.patch_embed(images_of(inputs))
-        x = x.flatten(1, -2) if x.ndim == 4 else x  # (B, L, C)
+        x = model.patch_embed(self._images(inputs))
+        grid = tuple(x.shape[1:3]) if x.ndim == 4 else model.patch_embed.grid_size  # 4: dynamic_img_size
+        x = x.flatten(1, -2)  # (B, L, C)
         pos = torch.zeros_like(x[:1]) if model.pos_embed is None else \
             model.pos_embed if model.no_embed_class else model.pos_embed[:, model.num_prefix_tokens:]
-        coord = grid_coordinates(model.patch_embed.grid_size).to(x)
+        if pos.shape[1] != x.shape[1]:
+            pos = _resized(pos, grid, model.patch_embed.grid_size)
+        coord = grid_coordinates(grid).to(x)
         return Tokens(x, pos.expand(len(x), -1, -1), coord.expand(len(x), -1, -1))
 
     def encode(self, x: Tensor, pos: Tensor, out_indices: Sequence[int] = (), norm: bool = True,
@@ -123,6 +126,17 @@ class TimmBackbone(nn.Module):
                                       'itself')
         return self.model
 
+    def _images(self, inputs: Mapping | Tensor) -> Tensor:
+        """The images, if the model takes such."""
+        img, patches = images_of(inputs), self.model.patch_embed
+        channels = getattr(getattr(patches, 'proj', None), 'in_channels', img.shape[1])
+        strict = getattr(patches, 'strict_img_size', False) and patches.img_size is not None
+        size = tuple(patches.img_size if strict else img.shape[2:])
+        if img.shape[1:] != (channels, *size):
+            raise ValueError(f'{self.name} takes images (B, {channels}, {size[0]}, {size[1]}), got {tuple(img.shape)}; '
+                             "the pipeline resizes them, img_size and in_chans are the backbone's")
+        return img
+
     def _intermediates(self, img: Tensor, out_indices: Sequence[int]) -> tuple[Tensor, ...]:
         if not hasattr(self.model, 'forward_intermediates'):
             raise NotImplementedError(f'{self.name} ({type(self.model).__name__}) has no forward_intermediates in '
@@ -144,7 +158,7 @@ class TimmBackbone(nn.Module):
         """
         name = str(checkpoint) if isinstance(checkpoint, (str, Path)) else 'the given weights'
         state = from_torchvision(state_dict_of(checkpoint, name))
-        heads = classifier_names(self.model)
+        heads = tuple(f'{name}.' for name in {*classifiers_of(self.model), 'head_dist'})
         state = {key: value for key, value in state.items() if not key.startswith(heads)}
         convert = getattr(sys.modules[type(self.model).__module__], 'checkpoint_filter_fn', None)
         own = self.model.state_dict()
@@ -197,6 +211,12 @@ def tokens_of(x: Tensor, width: int, name: str) -> Tensor:
     return x.flatten(1, 2) if x.ndim == 4 else x
 
 
+def _resized(pos: Tensor, grid: tuple[int, int], own: tuple[int, int]) -> Tensor:
+    """Positions of a grid ``own`` for another, as timm resizes them, ``(1, L, C)``."""
+    from timm.layers import resample_abs_pos_embed
+    return resample_abs_pos_embed(pos, grid, own, num_prefix_tokens=0)
+
+
 def _joined(features) -> Tensor:
     """Tokens of an intermediate: ``(tokens, prefix)``, tokens alone, or a map ``(B, C, H, W)``; as ``(B, L, C)``."""
     if isinstance(features, (tuple, list)):
@@ -204,17 +224,16 @@ def _joined(features) -> Tensor:
     return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
 
 
-def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the keys of a timm model's classifier or classifiers: ``head.``, ``head.fc.``, ``head_dist.``."""
+def classifiers_of(model: nn.Module) -> tuple[str, ...]:
+    """Where a timm model keeps its classifier, or its two: ``head``, ``head.fc``, ``head_dist``."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or 'head'
-    names = (names,) if isinstance(names, str) else names
-    return tuple(f'{name}.' for name in {*names, 'head_dist'})
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def timm_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a fused ``TaskModel`` with a ``TimmBackbone``, for ``timm.create_model(name, num_classes=…)`` and
-    ``load_state_dict(strict=True)``: with the classifier where the head is linear and the features are pooled by the
-    model, else without (``num_classes=0``).
+    ``load_state_dict(strict=True)``: with the classifier where the head is linear and sees what timm's own would, else
+    without (``num_classes=0``). Both classifiers of a distilled model, whose mean it gives, are the head.
 
     Raises:
         ValueError: another backbone, or experts that were not fused.
@@ -228,16 +247,20 @@ def timm_weights(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(f'timm_weights: {experts[0]} still has experts; ewa3d.fuse(model) first')
     state = dict(backbone.state_dict())
     layers = getattr(getattr(model, 'head', None), 'layers', None)
-    if layers is not None and len(layers) == 1 and (backbone.pooled or getattr(model.neck, 'parts', None) == ['cls']):
-        name = classifier_name(backbone.model)
-        state.update({f'{name}.{key}': value for key, value in layers[0].state_dict().items()})
+    if layers is not None and len(layers) == 1 and pools_as_timm(backbone, model.neck):
+        for name in classifiers_of(backbone.model):
+            state.update({f'{name}.{key}': value for key, value in layers[0].state_dict().items()})
     return state
 
 
-def classifier_name(model: nn.Module) -> str:
-    """Where a timm model keeps its (first) classifier."""
-    names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or 'head'
-    return names if isinstance(names, str) else names[0]
+def pools_as_timm(backbone: TimmBackbone, neck: nn.Module | None) -> bool:
+    """Whether the head gets what the timm model would give its classifier: the model pools, or the neck and the model
+    both take the class token as it is."""
+    if neck is None:
+        return backbone.pooled
+    timms = backbone.model
+    return getattr(neck, 'parts', None) == ['cls'] and getattr(timms, 'global_pool', None) == 'token' \
+        and getattr(timms, 'dist_token', None) is None and isinstance(getattr(timms, 'fc_norm', None), nn.Identity)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,12 +276,25 @@ _SWIN = ((r'^features\.0\.0\.', 'patch_embed.proj.'), (r'^features\.0\.2\.', 'pa
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of torchvision's ViT or Swin under timm's names; others as they are."""
+    """Weights of torchvision's ViT, Swin or Swin V2 under timm's names; others as they are."""
     if any(key.startswith('encoder.layers.encoder_layer_0.') for key in state):
         return {_substituted(key, _VIT): value for key, value in state.items()}
     if any(key.startswith('features.1.0.attn.') for key in state):
-        return {_substituted(_swin_stage(key), _SWIN): value for key, value in state.items()}
+        state = {_substituted(_swin_stage(key), _SWIN): value for key, value in state.items()}
+        return _split_bias(state) if any(key.endswith('.attn.logit_scale') for key in state) else state
     return dict(state)
+
+
+def _split_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of Swin V2: timm has no bias of the keys, and torchvision has one that it sets to zero."""
+    split = {}
+    for key, value in state.items():
+        if key.endswith('.attn.qkv.bias'):
+            stem = key.removesuffix('qkv.bias')
+            split[f'{stem}q_bias'], _, split[f'{stem}v_bias'] = value.chunk(3)
+        else:
+            split[key] = value
+    return split
 
 
 def _substituted(key: str, table: tuple[tuple[str, str], ...]) -> str:

@@ -1,0 +1,2 @@
+_base_ = ['vit_xs_scratch_digits.py', '../_base_/reparam/moe.py']
+model = dict(expand=_base_.moe)
