@@ -15,7 +15,8 @@ from mmengine.config import Config, DictAction
 
 __all__ = ['main', 'train', 'test', 'fewshot', 'fuse', 'convert', 'load_config']
 
-EVALUATING = ('LoggerHook', 'LinearSVMHook', 'PartPicturesHook', 'VotingHook')  # hooks that a test keeps
+PICTURES = {'PartIoU': 'PartPicturesHook', 'BoxAP': 'BoxPicturesHook'}  # what draws what a metric judges
+EVALUATING = ('LoggerHook', 'LinearSVMHook', 'VotingHook', *PICTURES.values())  # hooks that a test keeps
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 
@@ -104,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
                          help='report beside the plain numbers those of logits averaged over so many (10) passes, each '
                               "drawn and augmented by the config's vote_pipeline, or else as in training")
     command.add_argument('--pictures', type=int, nargs='?', const=1, metavar='N',
-                         help='of part segmentation: pictures/parts.png and .html in the work dir, of the N (1) best, '
-                              'median and worst shapes')
+                         help='pictures/parts.png or boxes.png, and .html, in the work dir: the N (1) best, median and '
+                              'worst shapes of part segmentation, or scenes of detection')
     command.set_defaults(command=test)
 
     command = commands.add_parser('fewshot', parents=[configured],
@@ -305,7 +306,7 @@ def test(args) -> int:
     if args.vote is not None:
         keep['vote'] = dict(type='VotingHook', times=args.vote, pipeline=_vote_pipeline(cfg))
     if args.pictures is not None:
-        keep['pictures'] = dict(type='PartPicturesHook', num_shapes=args.pictures)
+        keep['pictures'] = dict(type=_pictures_hook(cfg), num_samples=args.pictures)
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
         cfg[key] = None
@@ -329,6 +330,15 @@ def test(args) -> int:
     finally:
         _leave_group()
     return 0
+
+
+def _pictures_hook(cfg: Config) -> str:
+    metrics = cfg.get('test_evaluator') or []
+    kinds = [metric.get('type') for metric in (metrics if isinstance(metrics, list) else [metrics])]
+    for kind in kinds:
+        if kind in PICTURES:
+            return PICTURES[kind]
+    raise ValueError(f'--pictures draws what {" or ".join(PICTURES)} judges; the test_evaluator is {kinds}')
 
 
 def _vote_pipeline(cfg: Config) -> list:

@@ -1,7 +1,7 @@
 """Point clouds in a page that a browser turns and zooms: one HTML file with all that it needs, nothing is loaded."""
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,11 @@ __all__ = ['write_html']
 
 
 def write_html(clouds: Sequence, path, *, titles: Sequence[str] | None = None, colors: Sequence | None = None,
-               columns: int = 3, heading: str = '', up: str = 'z') -> Path:
+               columns: int = 3, heading: str = '', up: str = 'z', legend: Mapping[str, str] | None = None) -> Path:
     """A grid of point clouds as an interactive page; dragging turns all of them together, the wheel zooms.
 
     Args:
-        clouds, titles, colors, up: as in :func:`ewa3d.visualization.draw_clouds`.
+        clouds, titles, colors, up, legend: as in :func:`ewa3d.visualization.draw_clouds`.
         columns: of the grid.
 
     Raises:
@@ -33,8 +33,10 @@ def write_html(clouds: Sequence, path, *, titles: Sequence[str] | None = None, c
     colors = per_cloud(colors, len(arrays), PLAIN, 'colors')
     figures = [_figure(points, point_colors(color, len(points), f'colors[{i}]'), title, up)
                for i, (points, color, title) in enumerate(zip(arrays, colors, titles))]
-    heading = html.escape(heading)
-    return atomic_write(path, PAGE.format(heading=heading, columns=columns, figures='\n'.join(figures), script=SCRIPT))
+    marks = ' '.join(f'<span style="color: {html.escape(color)}">■ {html.escape(name)}</span>'
+                     for name, color in (legend or {}).items())
+    return atomic_write(path, PAGE.format(heading=html.escape(heading), columns=columns, figures='\n'.join(figures),
+                                          legend=f'<p>{marks}</p>\n' if marks else '', script=SCRIPT))
 
 
 def _figure(points: np.ndarray, rgb: np.ndarray, title: str, up: str) -> str:
@@ -59,7 +61,7 @@ canvas {{ width: 100%; aspect-ratio: 1; cursor: grab; touch-action: none; backgr
 figcaption {{ padding: 4px; }}
 </style></head>
 <body><h1>{heading}</h1><p>Drag to turn, wheel to zoom.</p>
-<div class="grid">
+{legend}<div class="grid">
 {figures}
 </div>
 <script>{script}</script></body></html>

@@ -32,7 +32,7 @@ UP_AXES = {'x': (1, 2, 0), 'y': (2, 0, 1), 'z': (0, 1, 2)}  # even permutations:
 def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, colors: Sequence | None = None,
                 title_colors: Sequence[str] | None = None, columns: int | None = None, heading: str = '',
                 frames: Sequence | None = None, up: str = 'z', azimuth: float = 40., elevation: float = 22.,
-                size: float = 2.2) -> Path:
+                size: float = 2.2, legend: Mapping[str, str] | None = None) -> Path:
     """A grid of point clouds, each centred and scaled to its cell, as a PNG.
 
     Args:
@@ -43,6 +43,7 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
         frames: by cloud, the points that fill the cell; the cloud's own unless given. What is outside is cut off.
         up: the data's vertical axis, ``'x'``, ``'y'`` or ``'z'``.
         azimuth, elevation: degrees; where the viewer stands. size: inches of a cell.
+        legend: what colours mean, name → colour, below the heading.
 
     Raises:
         ValueError: no cloud, an empty one, non-finite coordinates, or lists of different lengths.
@@ -60,10 +61,12 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
         raise ValueError(f'columns = {columns}; expected a positive number')
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    top = 0.45 if heading else 0.08
     line = 0.30 if any(titles) else 0.0
     room = max(2, int(14 * size))  # letters of this size in a cell
-    width, height = columns * size, rows * (size + line) + top
+    width = columns * size
+    each = max(1, int(width / 1.2))  # entries of the legend in a line
+    top = (0.45 if heading else 0.08) + 0.2 * math.ceil(len(legend or ()) / each)
+    height = rows * (size + line) + top
     figure = _figure(width, height)
     for i, points in enumerate(arrays):
         row, column = divmod(i, columns)
@@ -76,6 +79,10 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
                         ha='center', va='top', fontsize=9)
     if heading:
         figure.text(0.5, 1 - 0.15 / height, heading, ha='center', va='top', fontsize=12, color=INK, weight='bold')
+    for i, (name, color) in enumerate((legend or {}).items()):
+        row, column = divmod(i, each)
+        figure.text((column + 0.5) / min(each, len(legend)), 1 - (0.2 * row + (0.42 if heading else 0.05)) / height,
+                    f'■ {name}', ha='center', va='top', fontsize=9, color=color)
     return _save(figure, path)
 
 

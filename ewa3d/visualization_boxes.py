@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ewa3d.ops.boxes import box3d_corners, check_boxes
-from ewa3d.visualization import GREY, cloud_array, listed, palette, per_cloud, point_colors
+from ewa3d.visualization import GREY, PALETTE, cloud_array, listed, palette, per_cloud, point_colors
 
 __all__ = ['box_cells', 'box_edges']
 
@@ -25,13 +25,13 @@ def box_cells(clouds: Sequence, boxes: Sequence, labels: Sequence | None = None,
     Args:
         clouds: ``(N_i, 3 + F)``. boxes, predicted: ``(M_i, 7)``, none or more.
         labels, predicted_labels: ``(M_i,)``; without them all boxes have one colour.
-        names: of the scenes. classes: names of the labels, listed below each picture.
+        names: of the scenes. classes: names of the labels, for the legend.
 
     Raises:
         TypeError, ValueError: lists of different lengths, no cloud, no boxes ``(M, 7)``, values that are not finite.
     """
     clouds = listed(clouds, 'clouds')
-    count, cells = len(clouds), []
+    count, cells, shown = len(clouds), [], set()
     names = per_cloud(names, count, '', 'names')
     kinds = [('boxes', '', per_cloud(boxes, count, None, 'boxes'), per_cloud(labels, count, None, 'labels'))]
     if predicted is not None:
@@ -46,9 +46,12 @@ def box_cells(clouds: Sequence, boxes: Sequence, labels: Sequence | None = None,
             if len(tag) != len(given[i]):
                 raise ValueError(f'{kind}[{i}] has {len(given[i])} boxes and {len(tag)} labels; expected as many')
             rgb = np.concatenate([point_colors(GREY, len(points), ''), palette(tag[owner])])
-            cells.append((np.concatenate([points, edges]), rgb, _title(title or names[i], tag, classes)))
+            cells.append((np.concatenate([points, edges]), rgb, _title(title or names[i], len(tag))))
+            shown.update(() if tags[i] is None else tag.tolist())
     arrays, colors, titles = map(list, zip(*cells))
-    return dict(clouds=arrays, colors=colors, titles=titles, columns=len(kinds) if len(kinds) > 1 else min(3, count))
+    legend = {classes[k]: PALETTE[k % len(PALETTE)] for k in sorted(shown)} if classes is not None else {}
+    return dict(clouds=arrays, colors=colors, titles=titles, legend=legend,
+                columns=len(kinds) if len(kinds) > 1 else min(3, count))
 
 
 def box_edges(boxes, step: float, name: str = 'boxes') -> tuple[np.ndarray, np.ndarray]:
@@ -71,9 +74,6 @@ def box_edges(boxes, step: float, name: str = 'boxes') -> tuple[np.ndarray, np.n
     return np.concatenate(found), np.concatenate(owner)
 
 
-def _title(title: str, labels: np.ndarray, classes: Sequence[str] | None) -> str:
-    """The title with how many boxes of each class there are."""
-    if classes is None or not len(labels):
-        return title
-    counted = ', '.join(f'{n} {classes[k]}' for k, n in zip(*np.unique(labels, return_counts=True)))
+def _title(title: str, boxes: int) -> str:
+    counted = f'{boxes} box{"" if boxes == 1 else "es"}'
     return f'{title}: {counted}' if title else counted

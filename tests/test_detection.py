@@ -339,6 +339,21 @@ def test_queries_start_from_what_is_around_them():
         detector(neck=dict(content={**content, 'num_points': 5}))
 
 
+@pytest.mark.parametrize('decoder_dim', [16, 8])
+def test_a_pretrained_backbone_leaves_the_decoder_alone(decoder_dim):
+    tokenizer = dict(type='PointPatchEmbed', num_groups=24, group_size=6, widths=(8, 8, 16))
+    backbone = dict(type='TokenEncoder', tokenizer=tokenizer, embed_dim=16, depth=2, num_heads=2)
+    pretrained = MODELS.build(dict(type='MaskedAutoencoder', backbone=backbone, decoder_depth=1, decoder_num_heads=2))
+    nn.init.constant_(pretrained.decoder.norm.weight, 5.)
+    neck = dict(NECK, decoder_dim=decoder_dim)
+    model = MODELS.build(dict(type='TaskModel', backbone=backbone, neck=neck, head=HEAD,
+                              pretrained=dict(source=pretrained.state_dict(), strict=False)))
+    assert model.load_report.layout == 'ewa3d'
+    assert {'backbone.' + key for key in pretrained.backbone.state_dict()} == set(model.load_report.matched)
+    assert torch.equal(model.backbone.blocks[1].mlp.fc1.weight, pretrained.backbone.blocks[1].mlp.fc1.weight)
+    assert torch.equal(model.neck.norm.weight, torch.ones(decoder_dim))
+
+
 def test_features_of_points():
     model = detector(backbone=dict(tokenizer={**TOKENIZER, 'in_channels': 6})).eval()
     points = torch.cat([POINTS, torch.rand(2, 60, 3) + 5], -1)

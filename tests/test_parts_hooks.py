@@ -168,7 +168,7 @@ def test_chosen_shapes_are_the_best_the_median_and_the_worst(tmp_path, known_by)
     assert shown == [('best', 'shape1'), ('median', 'shape0'), ('worst', 'shape2')]
     assert re.findall(r'([\d.]+) % wrong', text) == ['0.0', '25.0', '100.0']
     for bad in (0, 1.5):
-        with pytest.raises((ValueError, TypeError), match='num_shapes'):
+        with pytest.raises((ValueError, TypeError), match='num_samples'):
             PartPicturesHook(bad)
 
 

@@ -166,12 +166,16 @@ def test_pictures(tmp_path):
     cells = box_cells([s['points'] for s in scenes], [s['boxes'] for s in scenes], [s['box_labels'] for s in scenes],
                       predicted=[torch.tensor(s['boxes'][:1]) for s in scenes], names=['a', 'b'],
                       classes=('bed', 'chair', 'desk'))
-    assert cells['titles'] == ['a: 1 bed, 1 chair, 1 desk', 'predicted: 1 bed', 'b', 'predicted'] and \
+    assert cells['titles'] == ['a: 3 boxes', 'predicted: 1 box', 'b: 0 boxes', 'predicted: 0 boxes'] and \
         cells['columns'] == 2
+    assert list(cells['legend']) == ['bed', 'chair', 'desk'] and len(set(cells['legend'].values())) == 3
     assert imread(draw_clouds(path=tmp_path / 'a.png', **cells)).min() < .6
-    assert 'predicted: 1 bed' in write_html(path=tmp_path / 'a.html', **cells).read_text()
-    plain = box_cells([scenes[0]['points']], [scenes[0]['boxes']])
-    assert plain['titles'] == [''] and len(np.unique(plain['colors'][0], axis=0)) == 2
+    page = write_html(path=tmp_path / 'a.html', **cells).read_text()
+    assert 'predicted: 1 box<' in page and f'<span style="color: {cells["legend"]["bed"]}">■ bed</span>' in page
+    plain = box_cells([scenes[0]['points']], [scenes[0]['boxes']], classes=('bed',))
+    assert plain['titles'] == ['3 boxes'] and not plain['legend']
+    assert '<span' not in write_html(path=tmp_path / 'b.html', **plain).read_text()
+    assert len(np.unique(plain['colors'][0], axis=0)) == 2
 
 
 @pytest.mark.parametrize('kwargs, error, message', [

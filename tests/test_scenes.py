@@ -75,6 +75,11 @@ def test_scannet_files_that_cannot_be(scannet):
     np.save(scannet / 'scene0_bbox.npy', np.zeros((2, 6)))
     with pytest.raises(ValueError, match=r'scene0_bbox.npy: rows of 7 numbers were expected, got \(2, 6\)'):
         ScanNetDetection(scannet)[0]
+    for rows, message in ((np.full((3, 6), np.nan), 'NaN or infinite'), (np.zeros((0, 6)), r'got \(0, 3\)')):
+        np.save(scannet / 'scene0_vert.npy', rows)
+        np.save(scannet / 'scene0_bbox.npy', np.zeros((0, 7)))
+        with pytest.raises(ValueError, match=r'scene0_vert\.npy: .*' + message):
+            ScanNetDetection(scannet)[0]
     (scannet / 'scene0_vert.npy').write_bytes(b'\x93NUMPY')
     with pytest.raises(ValueError, match=r'scene0_vert\.npy: cannot be read'):
         ScanNetDetection(scannet)[0]
@@ -103,7 +108,8 @@ def sunrgbd(tmp_path):
 
 def test_sunrgbd(sunrgbd):
     by_prefix = SUNRGBDDetection(sunrgbd / 'sunrgbd_pc_bbox_votes_50k_v1')
-    for data in (by_prefix, SUNRGBDDetection(sunrgbd, split='val')):
+    itself = SUNRGBDDetection(sunrgbd / 'sunrgbd_pc_bbox_votes_50k_v1_val', split='val')
+    for data in (by_prefix, SUNRGBDDetection(sunrgbd, split='val'), itself):
         (sample,) = data
         np.testing.assert_allclose(sample['boxes'], [[1, 2, 3, 1, 2, .5, -.3], [0, 0, 0, 2, 2, 2, 2]], atol=1e-6)
         assert sample['box_labels'].tolist() == [8, 0] and sample['points'].shape == (100, 3)
@@ -148,6 +154,8 @@ def test_own_scenes(tmp_path):
     assert chosen[0]['box_labels'].tolist() == [2, 0]
     with pytest.raises(ValueError, match=r"a.json: box 0 is of the class 'chair'; did you mean 'chairs'"):
         FolderScenes(tmp_path, classes=['lamp', 'desk', 'chairs'])
+    with pytest.raises(TypeError, match="classes must be a list of names, got 'chair'"):
+        FolderScenes(tmp_path, classes='chair')
     with pytest.raises(FileNotFoundError, match="has no folder 'test'"):
         FolderScenes(tmp_path, split='test')
     assert len(FolderScenes(tmp_path / 'train')) == 2  # without levels
@@ -174,8 +182,12 @@ def test_own_files_that_cannot_be(tmp_path):
     (tmp_path / 'a.json').write_text('{"boxes": 3}')
     with pytest.raises(ValueError, match=r'a\.json: should hold'):
         FolderScenes(tmp_path)
-    (tmp_path / 'a.json').write_text('boxes')
-    with pytest.raises(ValueError, match=r'a\.json: is no JSON'):
+    for text in ('boxes', '[' * 100_000):
+        (tmp_path / 'a.json').write_text(text)
+        with pytest.raises(ValueError, match=r'a\.json: is no JSON'):
+            FolderScenes(tmp_path)
+    (tmp_path / 'a.json').write_text(json.dumps(dict(boxes=[dict(CHAIR, size=[1, 10 ** 400, 1])])))
+    with pytest.raises(ValueError, match=r'a\.json: box 0 is not finite'):
         FolderScenes(tmp_path)
     (tmp_path / 'a.json').rename(tmp_path / 'b.json')
     with pytest.raises(FileNotFoundError, match=r'b.json: there is no cloud b'):

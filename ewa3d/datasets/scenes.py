@@ -9,7 +9,7 @@ import numpy as np
 
 from ewa3d.checks import is_number
 from ewa3d.datasets.base import PointDataset, require_folder
-from ewa3d.datasets.io import EXTENSIONS, read_cloud
+from ewa3d.datasets.io import EXTENSIONS, as_cloud, read_cloud
 from ewa3d.datasets.modelnet import read_lines
 from ewa3d.registry import DATASETS, nearest
 
@@ -141,7 +141,7 @@ class ScanNetDetection(SceneDataset):
             points = np.concatenate([points, (rows[:, 3:6] - SCANNET_COLOR) / 256], axis=1)
         labels = labels_of(boxes[:, 6], {number: i for i, number in enumerate(SCANNET)}, entry['boxes_path'])
         boxes = np.concatenate([boxes[:, :6], np.zeros((len(boxes), 1))], axis=1)
-        return dict(points=points.astype(np.float32), boxes=boxes, box_labels=labels)
+        return dict(points=as_cloud(points.astype(np.float32), str(entry['path'])), boxes=boxes, box_labels=labels)
 
     def _list_of_split(self) -> Path:
         folders = [folder / below for below in ('', 'meta_data') for folder in (self.data_root, self.data_root.parent)]
@@ -161,8 +161,8 @@ class SUNRGBDDetection(SceneDataset):
     classes. Half sizes are doubled; headings run clockwise there, so that ``yaw = −heading``.
 
     Args:
-        data_root: by default ``data/sunrgbd/sunrgbd_pc_bbox_votes_50k_v1``; a folder that holds ``*_v1_{split}`` will
-            do, too.
+        data_root: by default ``data/sunrgbd/sunrgbd_pc_bbox_votes_50k_v1``; a folder that holds ``*_v1_{split}``, or
+            that one itself, will do, too.
         split: ``'train'`` or ``'val'``.
         color: keep colours as columns 3 to 5, around 0.
 
@@ -179,6 +179,7 @@ class SUNRGBDDetection(SceneDataset):
 
     def load_data_list(self) -> list[dict]:
         inside = sorted(self.data_root.glob(f'*_v1_{self.split}')) if self.data_root.is_dir() else []
+        inside += [self.data_root] if self.data_root.name.endswith(f'_v1_{self.split}') else []
         folder = require_folder(inside[0] if inside else f'{self.data_root}_{self.split}', 'SUNRGBDDetection')
         names = sorted(file.name.removesuffix('_pc.npz') for file in folder.glob('*_pc.npz'))
         return check_files([dict(name=name, path=folder / f'{name}_pc.npz', boxes_path=folder / f'{name}_bbox.npy')
@@ -189,7 +190,7 @@ class SUNRGBDDetection(SceneDataset):
         points = np.concatenate([points[:, :3], points[:, 3:6] - .5], axis=1) if self.color else points[:, :3]
         labels = labels_of(boxes[:, 7], {i: i for i in range(len(SUNRGBD))}, entry['boxes_path'])
         boxes = np.concatenate([boxes[:, :3], 2 * boxes[:, 3:6], -boxes[:, 6:7]], axis=1)
-        return dict(points=points.astype(np.float32), boxes=boxes, box_labels=labels)
+        return dict(points=as_cloud(points.astype(np.float32), str(entry['path'])), boxes=boxes, box_labels=labels)
 
 
 def check_files(entries: list[dict], listed: Path) -> list[dict]:
@@ -228,6 +229,8 @@ class FolderScenes(SceneDataset):
     def __init__(self, data_root: str | Path, split: str | None = 'train', classes: Sequence[str] | None = None,
                  num_features: int = 0, **kwargs):
         root = require_folder(data_root, 'FolderScenes')
+        if isinstance(classes, str):
+            raise TypeError(f'FolderScenes: classes must be a list of names, got {classes!r}')
         self.num_features = num_features
         self._levels = {name: root / name for name in self.SPLITS[:3] if (root / name).is_dir()} or {'train': root}
         self._scenes = {name: list(scenes_in(folder)) for name, folder in self._levels.items()}
@@ -294,8 +297,8 @@ def scenes_in(folder: Path) -> Iterator[tuple[Path, Path]]:
 def read_boxes(file: Path) -> list[dict]:
     """The boxes in a JSON file, with everything where it should be; values are checked later."""
     try:
-        content = json.loads(file.read_text('utf-8'))
-    except ValueError as error:
+        content = json.loads(file.read_text('utf-8'), parse_int=float)  # any digits: inf beyond the range
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{file}: is no JSON: {error}') from error
     boxes = content.get('boxes') if isinstance(content, dict) else None
     if not isinstance(boxes, list):

@@ -1,17 +1,19 @@
 """Training: hooks, schedules, optimizer wrappers, checkpoints, the Runner. Importing it fills the registries."""
 from ewa3d.engine import (
     averaging,
+    boxes_hooks,
     checkpoint,
     dvae_hooks,
     hooks,
     optim,
     params,
     parts_hooks,
+    pictures,
     pretrain_hooks,
     runner,
     schedules,
     validate,
 )
 
-__all__ = ['averaging', 'checkpoint', 'dvae_hooks', 'hooks', 'optim', 'params', 'parts_hooks', 'pretrain_hooks',
-           'runner', 'schedules', 'validate']
+__all__ = ['averaging', 'boxes_hooks', 'checkpoint', 'dvae_hooks', 'hooks', 'optim', 'params', 'parts_hooks',
+           'pictures', 'pretrain_hooks', 'runner', 'schedules', 'validate']

@@ -319,10 +319,14 @@ def state_dict_of(source: str | Path | Mapping, name: str) -> dict[str, Tensor]:
 def _recognise(state: dict, own: dict) -> tuple[str, dict]:
     """The layout under which most keys are the model's, and the state as that layout's names and shapes are here."""
     likely = layouts_of(state)
-    candidates = {'ewa3d': state, **{layout: rename(state, layout) for layout in (*likely, *LAYOUTS)},
-                  'timm': {_begun_otherwise(key, _TIMM): value for key, value in state.items()}}
-    best = max(candidates, key=lambda layout: sum(key in own for key in candidates[layout]))
-    return best, _for_each_modality(squeezed(candidates[best], own), own)
+
+    def by_layout(state: dict) -> dict[str, dict]:
+        return {'ewa3d': state, **{layout: rename(state, layout) for layout in (*likely, *LAYOUTS)},
+                'timm': {_begun_otherwise(key, _TIMM): value for key, value in state.items()}}
+    # What only pretraining has does not count: a decoder's norm there is not that of 3DETR's decoder.
+    counted = by_layout(_without_pretraining(state, own)[0])
+    best = max(counted, key=lambda layout: sum(key in own for key in counted[layout]))
+    return best, _for_each_modality(squeezed(by_layout(state)[best], own), own)
 
 
 def _begun_otherwise(key: str, renames: tuple[tuple[str, str], ...]) -> str:
