@@ -119,7 +119,7 @@ def test_hippo_is_normal_plus_rank_one():
     skew = A + torch.outer(P, P) + 0.5 * torch.eye(8, dtype=torch.float64)
     torch.testing.assert_close(skew, -skew.T, rtol=0, atol=1e-13)
     assert A[3, 1] == pytest.approx(-math.sqrt(7 * 3)) and A[2, 2] == -3 and A[1, 2] == 0
-    poles, P, B = (torch.cat([v, v.conj()]) for v in legs_spectrum(8))
+    poles, P, _ = (torch.cat([v, v.conj()]) for v in legs_spectrum(8))
     eigenvalues = torch.linalg.eigvals(torch.diag(poles) - torch.outer(P, P.conj())).real.sort().values
     torch.testing.assert_close(eigenvalues, -torch.arange(8, 0, -1, dtype=torch.float64), rtol=0, atol=1e-8)
 
@@ -163,7 +163,7 @@ def test_streaming_is_the_convolution(which):
     expected = mixer(x)
     torch.testing.assert_close(torch.stack(outputs, 1), expected, rtol=0, atol=1e-11)
     seed = torch.randn_like(expected)
-    wanted = [x] + ([p for p in mixer.parameters()] if which == 0 else [])  # S4 streams without learning
+    wanted = [x, *(mixer.parameters() if which == 0 else ())]  # S4 streams without learning
     for a, b in zip(*(torch.autograd.grad((y * seed).sum(), wanted) for y in (torch.stack(outputs, 1), expected))):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 

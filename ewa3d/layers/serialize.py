@@ -147,7 +147,7 @@ def curve_order(coord: Tensor, order: str = 'hilbert', grid_size: float = 0.02, 
     if order.endswith('-trans'):
         cells = torch.cat([cells[..., :2].flip(-1), cells[..., 2:]], -1)
     code = (hilbert_encode if order.startswith('hilbert') else z_encode)(cells, depth)
-    return code.argsort(1, stable=True)
+    return code.argsort(dim=1, stable=True)
 
 
 def inverse_order(order: Tensor) -> Tensor:
