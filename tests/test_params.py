@@ -195,7 +195,7 @@ def test_state_spaces_learn_slowly_and_without_decay():
 
     assert rates(1e-2) == [1e-3] and rates(1e-4) == [1e-4]
     assert rates(1e-2, ssm_lr=5e-3) == [5e-3] and rates(1e-2, ssm_lr=None) == [1e-2]
-    assert rates(1e-3, layer_decay=0.5, ssm_lr=1e-2) == [2.5e-4, 5e-4]
+    assert rates(1e-3, layer_decay=0.5, ssm_lr=1e-2) == [5e-4, 1e-3]  # there is nothing behind the blocks
     with pytest.raises(ValueError, match='smaller one of lr and ssm_lr: give lr'):
         param_groups(model)
     assert 'lr' not in param_groups(model, ssm_lr=None)[0]

@@ -86,7 +86,7 @@ def test_serializer_moves_everything_alike():
     tokens = Tokens(torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.randn(2, 7, 3), torch.randn(2, 7, 4, 3))
     order = curve_order(tokens.coord, 'z')
     for got, value in zip(Serializer('z', 5)(tokens), tokens):
-        assert value is None and got is None or all(torch.equal(got[b], value[b, order[b]]) for b in range(2))
+        assert (value is None and got is None) or all(torch.equal(got[b], value[b, order[b]]) for b in range(2))
     two = Serializer(['hilbert', 'z'], 5)
     x, pos, coord, target, prefix = two(tokens)
     for value in (x, pos, coord, target):

@@ -114,7 +114,7 @@ def test_gradients_of_the_kernels(double):
 
 
 def test_hippo_is_normal_plus_rank_one():
-    A, B = hippo_legs(8)
+    A, _ = hippo_legs(8)
     P = (torch.arange(8, dtype=torch.float64) + 0.5).sqrt()
     skew = A + torch.outer(P, P) + 0.5 * torch.eye(8, dtype=torch.float64)
     torch.testing.assert_close(skew, -skew.T, rtol=0, atol=1e-13)
