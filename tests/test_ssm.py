@@ -150,6 +150,8 @@ def test_convolution_is_the_sum(L, directions):
             elif directions == 2:
                 expected[..., t] += kernel[1, :, s - t] * u[..., s]
     torch.testing.assert_close(convolve(u, kernel), expected, **EXACT)
+    for wanted in ((True, True), (True, False), (False, True)):
+        torch.autograd.gradcheck(convolve, tuple(x.clone().requires_grad_(w) for x, w in zip((u, kernel), wanted)))
 
 
 @pytest.mark.parametrize('which', [0, 1], ids=['S4D', 'S4'])

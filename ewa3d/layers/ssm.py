@@ -4,6 +4,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.block import Pointwise
@@ -27,7 +28,30 @@ def convolve(u: Tensor, kernel: Tensor) -> Tensor:
     taps = kernel[0]
     if len(kernel) == 2:  # lag -l is lag 2L - l of a circle of 2L
         taps = F.pad(taps, (0, L)) + F.pad(kernel[1][..., 1:].flip(-1), (L + 1, 0))
-    return torch.fft.irfft(torch.fft.rfft(u, n=2 * L) * torch.fft.rfft(taps, n=2 * L), n=2 * L)[..., :L]
+    return _CircularConvolution.apply(u, taps)
+
+
+class _CircularConvolution(torch.autograd.Function):
+    """The first L values of ``u`` ``(B, C, L)`` convolved with ``taps`` ``(C, L or 2L)`` on a circle of 2L.
+
+    The backward takes transforms of real numbers, where torch's own of ``rfft`` takes complex ones of twice the cost.
+    """
+
+    @staticmethod
+    def forward(ctx, u: Tensor, taps: Tensor) -> Tensor:
+        ctx.sizes = u.shape[-1], taps.shape[-1]
+        of_u, of_taps = (torch.fft.rfft(value, n=2 * u.shape[-1]) for value in (u, taps))
+        ctx.save_for_backward(of_u if ctx.needs_input_grad[1] else None, of_taps if ctx.needs_input_grad[0] else None)
+        return torch.fft.irfft(of_u * of_taps, n=2 * u.shape[-1])[..., :u.shape[-1]]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (L, M), (of_u, of_taps) = ctx.sizes, ctx.saved_tensors
+        spectrum = torch.fft.rfft(grad, n=2 * L)
+        of_input = None if of_taps is None else torch.fft.irfft(spectrum * of_taps.conj(), n=2 * L)[..., :L]
+        of_kernel = None if of_u is None else torch.fft.irfft((spectrum * of_u.conj()).sum(0), n=2 * L)[..., :M]
+        return of_input, of_kernel
 
 
 class StreamState(NamedTuple):
