@@ -35,8 +35,8 @@ def grid_cells(coord: Tensor, grid_size: float = 0.02, depth: int = 10) -> Tenso
         raise ValueError(f'coordinates (B, L, D) expected, got {coord.dtype} {tuple(coord.shape)}')
     check_number('grid_size', grid_size, '(0, inf)')
     _check_depth(depth, coord.shape[-1])
-    cells = coord.detach().double().div(grid_size).floor() if coord.device.type == 'cpu' else \
-        coord.detach().float().div(grid_size).floor()
+    coord = coord.detach() if coord.dtype == torch.float64 else coord.detach().float()
+    cells = coord.div(grid_size).floor()
     if cells.numel():
         cells = cells - cells.amin(1, keepdim=True)
     if cells.device.type == 'cpu' and cells.numel() and not torch.compiler.is_compiling():
