@@ -225,7 +225,7 @@ def image_shape(backbone: Mapping) -> tuple[int, int, int] | None:
         size, channels = backbone.get('img_size') or size, backbone.get('in_chans', channels)
     else:
         found = [v for _, v in _items({'': backbone}) if isinstance(v, Mapping)
-                 and v.get('type') in ('ImagePatchEmbed', 'VideoPatchEmbed')]
+                 and v.get('type') in ('ImagePatchEmbed', 'SequenceEncoder', 'VideoPatchEmbed')]
         if not found:
             return None
         size, channels = found[0].get('img_size', 224), found[0].get('in_channels', 3)

@@ -178,3 +178,26 @@ def test_ours_mlp_norm_slot():
     names = _names(model, param_groups(model, 1., 1.))
     assert names == {'experts.decay': ['mlp.fc1.weight', 'mlp.fc2.weight'],
                      'experts.no_decay': ['mlp.fc1.bias', 'mlp.norm.weight', 'mlp.norm.bias', 'mlp.fc2.bias']}
+
+
+def test_state_spaces_learn_slowly_and_without_decay():
+    model = nn.ModuleDict(dict(blocks=nn.ModuleList(nn.ModuleDict(dict(attn=nn.Linear(4, 4))) for _ in range(2))))
+    expand(model, dict(type='S4D', at='blocks.*.attn', d_state=4))
+    groups = param_groups(model, 1e-2, 0.05)
+    names = _names(model, groups)
+    assert list(names) == ['decay', 'no_decay', 'ssm.no_decay']
+    assert names['ssm.no_decay'] == [f'blocks.{i}.attn.kernel.{key}' for i in range(2)
+                                     for key in ('log_dt', 'log_A_real', 'A_imag')]
+    assert 'blocks.0.attn.kernel.C' in names['decay'] and 'blocks.0.attn.D' in names['no_decay']
+
+    def rates(lr, **options):
+        return [group['lr'] for group in param_groups(model, lr, 0.05, **options) if 'ssm' in group['name']]
+
+    assert rates(1e-2) == [1e-3] and rates(1e-4) == [1e-4]
+    assert rates(1e-2, ssm_lr=5e-3) == [5e-3] and rates(1e-2, ssm_lr=None) == [1e-2]
+    assert rates(1e-3, layer_decay=0.5, ssm_lr=1e-2) == [5e-4, 1e-3]  # there is nothing behind the blocks
+    with pytest.raises(ValueError, match='smaller one of lr and ssm_lr: give lr'):
+        param_groups(model)
+    assert 'lr' not in param_groups(model, ssm_lr=None)[0]
+    with pytest.raises(ValueError, match='ssm_lr must lie in'):
+        param_groups(model, 1., ssm_lr=0)

@@ -129,6 +129,14 @@ PLACES = {  # Reparams that do not go over FFNs -> model -> where, and the rest 
     'STDHA': {
         'timm ViT': ('blocks.*.attn', dict(offsets=[1, -1], num_frames=2)),
     },
+    'S4D': {
+        'timm ViT': ('blocks.*.attn', dict(d_state=4, length=7)),
+        'timm ViT SwiGLU': ('blocks.*.attn', dict(d_state=6, bidirectional=False, dropout=0.1)),
+    },
+    'S4': {
+        'timm ViT': ('blocks.*.attn', dict(d_state=4, length=5)),
+        'timm ViT GLU': ('blocks.*.attn', dict(d_state=4, length=5, bidirectional=False, num_ssm=2)),
+    },
 }
 
 

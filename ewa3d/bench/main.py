@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ewa3d.bench import detection, layers, ops, parts, pretrain, step, vit
+from ewa3d.bench import detection, layers, mixers, ops, parts, pretrain, step, vit
 from ewa3d.bench.harness import DTYPES, Case, Row, Settings, measure, report, table
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.files import atomic_write
@@ -22,6 +22,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
     'parts': parts.cases,        # part segmentation: shares of a step, interpolation
     'detection': detection.cases,  # 3DETR's forward pass: time and memory of the whole and its parts
     'layers': layers.cases,      # one FFN, forward and backward
+    'mixers': mixers.cases,      # attention, S4D and S4 from 64 to 16k tokens: time and memory
     'ops': ops.cases,            # operators on points and boxes against portable forms
 }
 

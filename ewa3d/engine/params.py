@@ -1,4 +1,4 @@
-"""Parameter groups: no weight decay by *name*, and a learning rate of their own for stacked experts.
+"""Parameter groups: no weight decay by *name*, and learning rates of their own for experts and state spaces.
 
 Rules by ``param.ndim == 1`` alone would decay the experts' biases and norms, which have a leading expert dimension.
 """
@@ -11,6 +11,7 @@ from torch import nn
 
 from ewa3d.checks import check_number
 from ewa3d.layers.experts import iter_experts
+from ewa3d.layers.ssm import state_space_parameters
 from ewa3d.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, nearest
 
 __all__ = ['NO_DECAY', 'ParamGroups', 'freeze', 'layer_numbers', 'param_groups']
@@ -18,16 +19,16 @@ __all__ = ['NO_DECAY', 'ParamGroups', 'freeze', 'layer_numbers', 'param_groups']
 NO_DECAY = ('bias', 'norm', 'token')
 """The names that Point-MAE leaves without decay (besides everything one-dimensional); its ``cls_pos`` decays."""
 
-KINDS = tuple(f'{kind}{rule}' for kind in ('', 'experts.', 'core.') for rule in ('decay', 'no_decay'))
+KINDS = tuple(f'{kind}{rule}' for kind in ('', 'experts.', 'core.', 'ssm.') for rule in ('decay', 'no_decay'))
 _NORMS = tuple(getattr(nn, name) for name in ('LayerNorm', 'GroupNorm', 'RMSNorm', 'LocalResponseNorm')
                if hasattr(nn, name)) + (nn.modules.batchnorm._NormBase,)
 
 
 def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float | None = None,
                  no_decay: Iterable[str] = NO_DECAY, expert_lr_mult: float = 1.,
-                 core_lr_mult: float = 1., layer_decay: float = 1.) -> list[dict]:
+                 core_lr_mult: float = 1., layer_decay: float = 1., ssm_lr: float | None = 1e-3) -> list[dict]:
     """Groups for an optimizer, in a fixed order: ``decay``, ``no_decay``, ``experts.decay``, ``experts.no_decay``, and
-    where there are residual mixtures, ``core.decay``, ``core.no_decay``.
+    where there are residual mixtures, ``core.decay``, ``core.no_decay``; of state spaces, ``ssm.no_decay``.
 
     Not decayed are: parameters that are one-dimensional in the plain model, so that a stacked bias is as safe as a
     plain one; parameters of normalisation layers whatever they are called; names that ``no_decay`` covers, or that a
@@ -44,14 +45,16 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
         layer_decay: below 1, each block's learning rate is this share of the next one's, the last block's is this share
             of ``lr``, and what comes before the first block has one share less than it. These are then the groups of
             each layer, ``layer0.decay`` and so on (see :func:`layer_numbers`).
+        ssm_lr: the largest learning rate of the step sizes, poles and input maps of state spaces (S4, S4D), which are
+            not decayed; ``None`` sets no limit.
 
     Returns:
         Dicts with ``params``, ``name``, ``weight_decay`` (0 where not decayed) and ``lr``.
 
     Raises:
-        ValueError: a multiplier is not above 0 or infinite, or needs an ``lr``; a name that matches no parameter
-            and is not one of the defaults; nothing to train; ``layer_decay`` is not in (0, 1], or needs an ``lr`` or a
-            model with blocks.
+        ValueError: a multiplier or ``ssm_lr`` is not above 0 or infinite, or needs an ``lr``; a name that matches no
+            parameter and is not one of the defaults; nothing to train; ``layer_decay`` is not in (0, 1], or needs an
+            ``lr`` or a model with blocks.
         TypeError: ``no_decay`` is one string, or a multiplier no number.
     """
     mults = dict(experts=check_number('expert_lr_mult', expert_lr_mult, '(0, inf)'),
@@ -63,6 +66,11 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
     for held, key in ((experts, 'expert_lr_mult'), (cores, 'core_lr_mult')):
         if lr is None and held and (expert_lr_mult if held is experts else core_lr_mult) != 1:
             raise ValueError(f'{key} needs a learning rate to multiply: give lr')
+    spaces = {id(p) for p in state_space_parameters(model)}
+    if ssm_lr is not None:
+        check_number('ssm_lr', ssm_lr, '(0, inf)')
+        if lr is None and spaces:
+            raise ValueError('state spaces learn at the smaller one of lr and ssm_lr: give lr, or ssm_lr=None')
     check_number('layer_decay', layer_decay, '(0, 1]')
     if lr is None and layer_decay != 1:
         raise ValueError('layer_decay needs a learning rate to multiply: give lr')
@@ -75,14 +83,15 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
         if parameter.requires_grad:
             is_expert = id(parameter) in experts
             flat = parameter.ndim - is_expert <= 1
-            spared = flat or id(parameter) in norms or name in covered
-            kind = 'experts.' if is_expert else 'core.' if id(parameter) in cores else ''
+            is_space = id(parameter) in spaces
+            spared = flat or is_space or id(parameter) in norms or name in covered
+            kind = 'experts.' if is_expert else 'core.' if id(parameter) in cores else 'ssm.' if is_space else ''
             kind += 'no_decay' if spared else 'decay'
             groups.setdefault((layers.get(name, top), kind), []).append(parameter)
     if not groups:
         raise ValueError(f'{type(model).__name__} has no parameter that requires a gradient')
     return [_group(f'layer{layer}.{kind}' if layers else kind, groups[layer, kind],
-                   None if lr is None else lr * layer_decay ** (top - layer), weight_decay, mults)
+                   None if lr is None else lr * layer_decay ** (top - layer), weight_decay, mults, ssm_lr)
             for layer in range(top + 1) for kind in KINDS if (layer, kind) in groups]
 
 
@@ -136,10 +145,13 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
     return numbers
 
 
-def _group(name: str, parameters: list, lr: float | None, weight_decay: float | None, mults: dict[str, float]) -> dict:
+def _group(name: str, parameters: list, lr: float | None, weight_decay: float | None, mults: dict[str, float],
+           ssm_lr: float | None) -> dict:
     group = dict(params=parameters, name=name)
     if lr is not None:
         group['lr'] = lr * next((mult for kind, mult in mults.items() if kind in name.split('.')), 1.)
+        if 'ssm' in name.split('.') and ssm_lr is not None:
+            group['lr'] = min(lr, ssm_lr)
     if name.endswith('no_decay'):
         group['weight_decay'] = 0.
     elif weight_decay is not None:
@@ -182,12 +194,13 @@ class ParamGroups:
 
     Args:
         optim_wrapper_cfg: config of the optimizer wrapper, with ``optimizer``.
-        paramwise_cfg: ``no_decay``, ``expert_lr_mult``, ``core_lr_mult`` and ``layer_decay`` of :func:`param_groups`.
+        paramwise_cfg: ``no_decay``, ``expert_lr_mult``, ``core_lr_mult``, ``layer_decay`` and ``ssm_lr`` of
+            :func:`param_groups`.
 
     Raises:
         TypeError: an unknown key of ``paramwise_cfg``, or no ``optimizer``.
     """
-    KEYS = ('no_decay', 'expert_lr_mult', 'core_lr_mult', 'layer_decay')
+    KEYS = ('no_decay', 'expert_lr_mult', 'core_lr_mult', 'layer_decay', 'ssm_lr')
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         if not isinstance(optim_wrapper_cfg, dict) or 'optimizer' not in optim_wrapper_cfg:

@@ -9,11 +9,13 @@ from ewa3d.layers import (
     partition,
     repa,
     residual,
+    serialize,
     set_abstraction,
+    ssm,
     temporal,
     tokenizers,
     video_tokens,
 )
 
 __all__ = ['adapter', 'block', 'experts', 'fusion', 'image_tokens', 'moe', 'partition', 'repa', 'residual',
-           'set_abstraction', 'temporal', 'tokenizers', 'video_tokens']
+           'serialize', 'set_abstraction', 'ssm', 'temporal', 'tokenizers', 'video_tokens']

@@ -10,6 +10,7 @@ from ewa3d.models import (
     partseg,
     preprocessor,
     propagation,
+    sequence,
     task,
     timm_backbone,
     token_model,
@@ -17,4 +18,4 @@ from ewa3d.models import (
 )
 
 __all__ = ['backbone', 'detection', 'dvae', 'heads', 'masked', 'mixing', 'necks', 'partseg', 'preprocessor',
-           'propagation', 'task', 'timm_backbone', 'token_model', 'video']
+           'propagation', 'sequence', 'task', 'timm_backbone', 'token_model', 'video']

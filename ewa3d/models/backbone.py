@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.block import Block, init_vit
 from ewa3d.layers.modality import ModalityNorm, select_modality
+from ewa3d.layers.serialize import Serializer
 from ewa3d.registry import MODELS, nearest
 from ewa3d.structures import Tokens
 
@@ -95,6 +96,9 @@ class TokenEncoder(TransformerStack):
         pos: add the positional embedding before ``'every'`` block (Point-BERT, Point-MAE) or the ``'first'`` (ViT).
         cls_token: put a learnt token with a learnt position in front.
         modality_norms: with several tokenizers, each input has its own norms in the blocks and at the end, too.
+        order: the curve along which the tokens are visited, for mixers that see a sequence (S4D), or several, one copy
+            of the tokens after another: see :class:`~ewa3d.layers.serialize.Serializer`. As they come unless given.
+        order_grid: side of the cells of the curve's grid.
 
     Attributes:
         modalities: the names of several tokenizers; ``()`` where there is one.
@@ -110,7 +114,7 @@ class TokenEncoder(TransformerStack):
     def __init__(self, tokenizer: dict | nn.Module, embed_dim: int = 384, depth: int = 12, num_heads: int = 6,
                  mlp_ratio: float = 4., qkv_bias: bool = False, drop_path_rate: float = 0.1, proj_drop: float = 0.,
                  attn_drop: float = 0., norm_eps: float = 1e-5, pos: str = 'every', cls_token: bool = True,
-                 modality_norms: bool = False):
+                 modality_norms: bool = False, order: str | Sequence[str] | None = None, order_grid: float = 0.02):
         super().__init__()
         if pos not in ('every', 'first'):
             raise ValueError(f"pos must be 'every' or 'first', got {pos!r}")
@@ -126,6 +130,7 @@ class TokenEncoder(TransformerStack):
         self.num_prefix_tokens = int(cls_token)
         if cls_token:
             self.cls_token, self.cls_pos = (self._per_modality(embed_dim) for _ in range(2))
+        self.serializer = None if order is None else Serializer(order, embed_dim, order_grid)
         self.add_blocks(embed_dim, depth, num_heads, mlp_ratio, qkv_bias, drop_path_rate, proj_drop, attn_drop,
                         norm_eps)
         if modality_norms:
@@ -158,9 +163,10 @@ class TokenEncoder(TransformerStack):
         return found[0]
 
     def tokenize(self, inputs) -> Tokens:
-        """Patch tokens of the inputs, without the class token."""
+        """Patch tokens of the inputs, without the class token, in their order."""
         modality = self.modality_of(inputs)
-        return (self.tokenizer if modality is None else self.tokenizer[modality])(inputs)
+        tokens = (self.tokenizer if modality is None else self.tokenizer[modality])(inputs)
+        return tokens if self.serializer is None else self.serializer(tokens)
 
     def encode(self, x: Tensor, pos: Tensor, out_indices: Sequence[int] = (), norm: bool = True,
                modality: str | None = None, prefix_pos: Tensor | None = None):

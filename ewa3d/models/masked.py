@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
+from ewa3d.layers.serialize import refuse_order
 from ewa3d.layers.tokenizers import PointPatchEmbed, points_of
 from ewa3d.models.backbone import TransformerStack
 from ewa3d.models.base import ExpandableModel, build_module, check_mode, inputs_of
@@ -93,6 +94,7 @@ class MaskedAutoencoder(ExpandableModel):
         self.mask_ratio = check_number('MaskedAutoencoder: mask_ratio', mask_ratio, '(0, 1)')
         self.draw_mask = mask_function(mask_type, ('rand', 'block'))  # equally many of every cloud
         self.backbone = build_module(backbone, cls_token=False)
+        refuse_order(self.backbone, 'MaskedAutoencoder')
         self.num_prefix_tokens = getattr(self.backbone, 'num_prefix_tokens', 0)
         tokenizer = getattr(self.backbone, 'tokenizer', None)
         if hasattr(tokenizer, 'num_groups'):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.block import init_vit
+from ewa3d.layers.serialize import refuse_order
 from ewa3d.layers.tokenizers import points_of
 from ewa3d.models.base import ExpandableModel, build_module, check_mode
 from ewa3d.models.contrast import KeyNetwork, enqueue, gather_keys, mask_tokens, mixed_contrast, moco_contrast
@@ -322,6 +323,7 @@ def _checked_backbone(backbone: nn.Module) -> nn.Module:
     if not (hasattr(tokenizer, 'group') and hasattr(tokenizer, 'embed')):
         raise ValueError('MaskedTokenModel: a backbone whose tokenizer groups points was expected (PointPatchEmbed), '
                          f'got {type(tokenizer).__name__}, which gives no patches to label')
+    refuse_order(backbone, 'MaskedTokenModel')
     return backbone
 
 

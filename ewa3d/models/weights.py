@@ -97,6 +97,9 @@ LAYOUTS: dict[str, Layout] = {
     'repavit': Layout('repavit', 'classifier', tuple((f'blocks.*.{there}', f'blocks.*.{here}') for there, here in (
         ('attn.norm.', 'norm1.'), ('mlp.norm1.', 'norm2.'), ('mlp.norm2.', 'mlp.norm.'))),
         ('blocks.0.attn.norm.', 'blocks.0.mlp.norm1.', 'patch_embed.'), entry='model'),
+    # One S4D layer by itself.
+    's4d': Layout('s4d', 'mixer', (('D', 'D'), ('kernel.', 'kernel.'), ('output_linear.0.', 'output_linear.')),
+                  ('D', 'kernel.log_A_real', 'output_linear.0.'), entry='model'),
 }
 # timm's models, whose names are those of our blocks: a classifier and the rest.
 _TIMM = (('head.', 'head.layers.0.'), ('', 'backbone.'))
@@ -106,7 +109,7 @@ _CONVOLUTIONS = ((r'encoder\.(first|second)_conv\.[03]', 3), (r'increase_dim\.0'
                  (r'decoder\.final_conv\.[036]', 3), (r'label_conv\.0', 3), (r'propagation_[012]\.mlp_convs\.\d+', 3),
                  (r'dgcnn_pro_[12]\.layer[12]\.0', 4), (r'convs?[123]', 3),
                  (r'(pre_encoder|interim_downsampling)\.mlp_module\.layer\d+\.conv', 4),
-                 (r'(\w+_projection|mlp_heads\.\w+)\.layers\.\d+', 3))
+                 (r'(\w+_projection|mlp_heads\.\w+)\.layers\.\d+', 3), (r'output_linear\.0', 3))
 # Embeddings without batch dimension there: the number of dimensions that they have.
 _EMBEDDINGS = (('class_embedding', 1), ('positional_embedding', 2))
 # What pretraining models have beside the backbone; of their checkpoints only that goes into a task model.
