@@ -123,8 +123,8 @@ def test_chosen_scenes_are_the_best_the_median_and_the_worst(tmp_path):
     assert hook._scored == [(50., 0), (100., 1), (0., 2)]
     hook.after_test_epoch(runner)
     text = (tmp_path / 'pictures' / 'boxes.html').read_text()
-    assert re.findall(r'(\w+): (room\d), AP ([\d.]+): 1 box<', text) == [
-        ('best', 'room1', '100.0'), ('median', 'room0', '50.0'), ('worst', 'room2', '0.0')]
+    assert re.findall(r'(\w+), AP ([\d.]+): (room\d): 1 box<', text) == [
+        ('best', '100.0', 'room1'), ('median', '50.0', 'room0'), ('worst', '0.0', 'room2')]
     assert re.findall(r'predicted: (\d) box', text) == ['1', '2', '1']  # the sure ones
     assert '■ chair' in text and '■ bed' not in text
 
