@@ -241,9 +241,24 @@ def test_without_a_length_it_stays():
 
 
 def test_the_plain_config_builds_the_fused_form():
-    rule = dict(type='S4D', at='backbone.blocks.*.attn', length=9)
-    cfg = plain_config(dict(model=dict(type='TaskModel', expand=[rule])))
+    model, _, x = make_model('timm ViT')
+    rule = dict(type='S4D', at='blocks.*.attn', d_state=4, length=5)
+    expand(model, [rule])
+    fuse(model.eval())
+    cfg = plain_config(dict(model=dict(expand=[rule])), model)
     assert cfg['model']['expand'] == [dict(rule, fused=True)]
+    again, *_ = make_model('timm ViT')
+    expand(again, cfg['model']['expand'])
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(x), model(x))
+
+
+def test_the_plain_config_keeps_a_mixer_without_a_length():
+    model, *_ = make_model('timm ViT')
+    rule = dict(type='S4D', at='blocks.*.attn', d_state=4)
+    expand(model, [rule])
+    fuse(model.eval())
+    assert plain_config(dict(model=dict(expand=[rule])), model)['model']['expand'] == [rule]
 
 
 @pytest.mark.parametrize('kind', ['S4D', 'S4'])

@@ -1,4 +1,4 @@
-# The embedded rooms with furniture of 6 classes and turned boxes, seen from three places: made from a seed, no download.
+# The embedded rooms with furniture of 6 classes and turned boxes, seen from three places: made from a seed.
 scene_cfg = dict(views=3)
 train_pipeline = [
     dict(type='SceneFlip', axes='xy'),
