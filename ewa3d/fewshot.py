@@ -31,7 +31,7 @@ NOTE = ('last: accuracy on the queries after the last epoch. best: of the epoch 
 
 
 def command(args) -> int:
-    """``ewa3d fewshot``, see ewa3d/cli.py."""
+    """``ewa3d fewshot``, see ewa3d/cli/fewshot.py."""
     cfg = load_config(args.config, args.cfg_options)
     if args.pretrained is not None:
         cfg.merge_from_dict({'model.pretrained': args.pretrained})

@@ -335,7 +335,7 @@ def test_an_interrupt_is_no_mistake(trained, monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, 'load_config', lambda *args: interrupted(args))
+    monkeypatch.setattr('ewa3d.cli.options.load_config', lambda *args: interrupted(args))
     assert cli.main(['train', str(trained / 'ewa.py')]) == 130
     assert '--resume' in capsys.readouterr().err
 
