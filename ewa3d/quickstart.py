@@ -22,6 +22,7 @@ import ewa3d
 from ewa3d import visualization
 from ewa3d.bench import Case, Settings, measure
 from ewa3d.cli import USER_ERRORS, load_config, one_line
+from ewa3d.config_files import config_root
 from ewa3d.engine.checkpoint import find_last_checkpoint
 from ewa3d.engine.runner import Runner
 from ewa3d.files import atomic_write
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """The quickstart behind :func:`main`.
 
     Raises:
-        FileNotFoundError: no configs beside the package.
+        FileNotFoundError: no such configs.
         FileExistsError: the work dir holds something else.
     """
     started = time.perf_counter()
@@ -252,7 +253,7 @@ def _arguments(argv) -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='the same seed, the same numbers (default: %(default)s)')
     parser.add_argument('--threads', type=int, default=1, help='compute threads (default: %(default)s)')
     parser.add_argument('--configs', nargs=2, metavar=('PLAIN', 'EWA'),
-                        help='default: configs/quickstart/plain.py and ewa.py of the repository')
+                        help='default: quickstart/plain and quickstart/ewa')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     args = parser.parse_args(argv)
     if args.threads < 1 or args.seed < 0:
@@ -261,13 +262,13 @@ def _arguments(argv) -> argparse.Namespace:
 
 
 def _configs(given: Sequence[str] | None) -> dict[str, Path]:
-    """The two config files, found from any folder; the package's own lie beside it in its repository."""
-    folder = Path(ewa3d.__file__).resolve().parents[1] / 'configs' / 'quickstart'
-    paths = [Path(path).resolve() for path in given] if given else [folder / f'{name}.py' for name in NAMES]
+    """The two config files, found from any folder."""
+    if not given:
+        return {name: config_root() / 'quickstart' / f'{name}.py' for name in NAMES}
+    paths = [Path(path).resolve() for path in given]
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f'no config {path}; the quickstart runs from a checkout of the repository '
-                                    f'(pip install -e .), or with --configs PLAIN EWA')
+            raise FileNotFoundError(f'no config {path}; --configs takes the files PLAIN and EWA')
     return dict(zip(NAMES, paths))
 
 
