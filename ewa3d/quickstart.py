@@ -18,7 +18,6 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
-import ewa3d
 from ewa3d import visualization
 from ewa3d.bench import Case, Settings, measure
 from ewa3d.cli import USER_ERRORS, load_config, one_line

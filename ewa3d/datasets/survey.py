@@ -144,8 +144,8 @@ def _compare_sizes(sizes: np.ndarray, cfg: Mapping, found: Survey) -> None:
         if isinstance(step, Mapping) and step.get('type') == 'Resample' and not step.get('replace'):
             few = int((sizes < step['num_points']).sum())
             if few and step.get('pad') is None:
-                found.problems.append(f'{few} clouds have fewer than the {step["num_points"]} points that Resample asks '
-                                      f"for; pad='repeat' repeats some")
+                found.problems.append(f'{few} clouds have fewer than the {step["num_points"]} points that Resample '
+                                      "asks for; pad='repeat' repeats some")
             elif few:
                 found.notes.append(f'{few} clouds have fewer than {step["num_points"]} points; some are repeated')
 

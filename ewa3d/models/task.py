@@ -69,8 +69,8 @@ class TaskModel(ExpandableModel):
 
         Args:
             points: what the model takes, a tensor ``(B, N, 3 + F)`` or ``dict(points=…)``, as it is. Anything else,
-                numpy arrays, paths and lists of them, goes through the test pipeline first, see :meth:`prepare`; that is without
-                gradients and in eval mode.
+                numpy arrays, paths and lists of them, goes through the test pipeline first, see :meth:`prepare`; that
+                is without gradients and in eval mode.
             out_indices: blocks of the backbone, negative ones counted from the end.
 
         Returns:
