@@ -71,8 +71,8 @@ def test_every_form_of_a_cloud(model, shapes, tmp_path):
     cloud = clouds(shapes)[0]
     np.save(tmp_path / 'a.npy', cloud)
     np.savetxt(tmp_path / 'b.txt', np.concatenate([cloud, np.ones((len(cloud), 3))], 1))  # more columns than are taken
-    forms = [torch.from_numpy(cloud), torch.from_numpy(cloud).double().requires_grad_(), cloud.astype(np.float64) * 7 + 2,
-             cloud.tolist(), str(tmp_path / 'a.npy'), tmp_path / 'b.txt']
+    forms = [torch.from_numpy(cloud), torch.from_numpy(cloud).double().requires_grad_(),
+             cloud.astype(np.float64) * 7 + 2, cloud.tolist(), str(tmp_path / 'a.npy'), tmp_path / 'b.txt']
     expected = model.predict(cloud).scores
     for form in forms:
         torch.testing.assert_close(model.predict(form).scores, expected, rtol=1e-4, atol=1e-5)
@@ -180,8 +180,8 @@ def test_what_is_no_cloud(model, given, error, text):
 
 @pytest.mark.parametrize(('options', 'text'), [
     (dict(batch_size=0), 'batch_size'), (dict(task='x'), 'one task'), (dict(threshold=2), 'threshold'),
-    (dict(category='char'), "did you mean 'chair' or"), (dict(category=13), '0 to 12'), (dict(category=[1, 2]), '1 were'),
-    (dict(pipeline=[dict(type='Normalise')]), "'Normalize'"),
+    (dict(category='char'), "did you mean 'chair' or"), (dict(category=13), '0 to 12'),
+    (dict(category=[1, 2]), '1 were'), (dict(pipeline=[dict(type='Normalise')]), "'Normalize'"),
 ])
 def test_options_that_cannot_be(model, shapes, options, text):
     with pytest.raises((ValueError, KeyError), match=text):
@@ -244,7 +244,7 @@ def test_parts_of_every_point_that_was_given(segmenter):
 
 
 def test_the_category_is_asked_for(segmenter):
-    with pytest.raises(ValueError, match='told the category.*airplane'):
+    with pytest.raises(ValueError, match=r'told the category.*airplane'):
         segmenter.predict(np.random.rand(100, 3))
     with pytest.raises(ValueError, match="'airplane'"):
         segmenter.predict(np.random.rand(100, 3), category='aeroplane')
