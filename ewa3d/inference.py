@@ -40,7 +40,7 @@ class Usage(NamedTuple):
         metainfo: of the data set: ``classes``, ``parts``, ``up_axis``, …
         dataset: its class, which says whether samples are clouds, scenes, images or clips.
         max_points: the data set keeps so many points of a cloud, in FPS order; ``None``: all, as they come.
-        boxes: the keywords of :func:`ewa3d.evaluation_boxes.kept_boxes`, and ``threshold``.
+        boxes: keywords of :class:`ewa3d.evaluation_boxes.BoxAP`, by whose rules boxes are kept.
     """
     pipeline: Sequence = ()
     metainfo: Mapping = {}

@@ -133,7 +133,8 @@ def _parts(sample: Sample, entry: Mapping, usage) -> PartPrediction:
     scores, rows = sample.part_scores.float().cpu(), sample.rows.cpu()
     if len(rows) != len(scores):
         raise ValueError(f'{entry["name"]}: the pipeline changes the number of points without saying which are kept')
-    points = sample.all_points
+    points = sample.all_points - sample.all_points.mean(0)  # of the size that inverse distances are meant for
+    points = points / points.norm(dim=1).max().clamp(min=torch.finfo(points.dtype).tiny)
     found = propagated_scores(scores, points[rows], points)
     found[rows] = scores.exp()  # what the model saw has its own
     label, parts = entry['label'], usage.metainfo.get('parts') or {}

@@ -21,6 +21,7 @@ from mmengine.hooks import Hook
 from ewa3d import visualization
 from ewa3d.bench import Case, Settings, measure
 from ewa3d.cli import USER_ERRORS, load_config, one_line
+from ewa3d.cli.options import Parser
 from ewa3d.config_files import config_root
 from ewa3d.engine.checkpoint import find_last_checkpoint
 from ewa3d.engine.runner import Runner
@@ -247,13 +248,12 @@ def say(text: str) -> None:
 
 
 def _arguments(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog='python -m ewa3d.quickstart', description=__doc__.partition('\n')[0])
+    parser = Parser('ewa3d quickstart', description=__doc__.partition('\n')[0])
     parser.add_argument('--work-dir', default='work_dirs/quickstart', help='a folder of its own (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='the same seed, the same numbers (default: %(default)s)')
     parser.add_argument('--threads', type=int, default=1, help='compute threads (default: %(default)s)')
     parser.add_argument('--configs', nargs=2, metavar=('PLAIN', 'EWA'),
                         help='default: quickstart/plain and quickstart/ewa')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     args = parser.parse_args(argv)
     if args.threads < 1 or args.seed < 0:
         parser.error(f'--threads {args.threads} --seed {args.seed}: expected at least 1 thread and a seed from 0 on')

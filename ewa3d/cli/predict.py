@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
     add_cfg_options(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # files may come behind options
     if args.json:
         if Path(args.json).is_dir():
             raise IsADirectoryError(f'--json {args.json} is a folder; the name of a file was expected')
