@@ -188,6 +188,13 @@ def test_options_that_cannot_be(model, shapes, options, text):
         model.predict(clouds(shapes)[0], **options)
 
 
+def test_inputs_of_another_kind(model):
+    with pytest.raises(TypeError, match=r'floating-point numbers, got torch\.int64'):
+        model(dict(points=torch.zeros(1, 80, 3, dtype=torch.int64)))
+    with pytest.raises(TypeError, match='tensor'):
+        model(dict(points=np.zeros((1, 80, 3))))
+
+
 # ---- features --------------------------------------------------------------------------------------------------------
 def test_extract(model, shapes):
     cloud = clouds(shapes)[0]
