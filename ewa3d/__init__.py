@@ -2,13 +2,16 @@
 from typing import TYPE_CHECKING
 
 __version__ = '0.1.0.dev0'
-__all__ = ['__version__', 'Reparam', 'expand', 'fuse', 'attach_ewa', 'param_groups', 'build', 'from_official']
+__all__ = ['__version__', 'Reparam', 'expand', 'fuse', 'attach_ewa', 'param_groups', 'build', 'list_configs',
+           'from_official']
 
 _LAZY = {'Reparam': 'ewa3d.reparam', 'expand': 'ewa3d.reparam', 'fuse': 'ewa3d.reparam',
          'attach_ewa': 'ewa3d.engine.averaging', 'param_groups': 'ewa3d.engine.params', 'build': 'ewa3d.models.build',
+         'list_configs': 'ewa3d.config_files',
          'from_official': 'ewa3d.models.official'}
 
 if TYPE_CHECKING:
+    from ewa3d.config_files import list_configs
     from ewa3d.engine.averaging import attach_ewa
     from ewa3d.engine.params import param_groups
     from ewa3d.models.build import build

@@ -14,13 +14,13 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ewa3d.checks import check_integer
-from ewa3d.cli import load_config
+from ewa3d.cli.options import load_config
 from ewa3d.datasets.fewshot import FewShot
 from ewa3d.engine.derive import dataset_cfgs
 from ewa3d.engine.plain import to_plain
 from ewa3d.engine.runner import Runner
 from ewa3d.engine.validate import check_config
-from ewa3d.files import atomic_write
+from ewa3d.files import atomic_write, check_writable
 from ewa3d.registry import DATASETS
 
 __all__ = ['run_folds', 'summarise']
@@ -31,7 +31,7 @@ NOTE = ('last: accuracy on the queries after the last epoch. best: of the epoch 
 
 
 def command(args) -> int:
-    """``ewa3d fewshot``, see ewa3d/cli.py."""
+    """``ewa3d fewshot``, see ewa3d/cli/fewshot.py."""
     cfg = load_config(args.config, args.cfg_options)
     if args.pretrained is not None:
         cfg.merge_from_dict({'model.pretrained': args.pretrained})
@@ -39,7 +39,8 @@ def command(args) -> int:
         cfg.merge_from_dict({'randomness.seed': args.seed})
     tasks = list(itertools.product(*(dict.fromkeys(values or [None]) for values in (args.way, args.shot))))
     runs = [_of_task(cfg, args, way, shot, alone=len(tasks) == 1) for way, shot in tasks]
-    for cfg, _ in runs:
+    for cfg, work_dir in runs:
+        check_writable(work_dir, '--work-dir')
         check_folds(cfg, args.folds)
     for cfg, work_dir in runs:
         report = run_folds(cfg, work_dir, args.folds, args.keep_checkpoints)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-__all__ = ['atomic_write']
+__all__ = ['atomic_write', 'check_writable']
 
 
 def atomic_write(path: str | Path, content: str | bytes | Callable[[IO[bytes]], object]) -> Path:
@@ -43,3 +43,18 @@ def atomic_write(path: str | Path, content: str | bytes | Callable[[IO[bytes]], 
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def check_writable(folder: str | Path, what: str) -> Path:
+    """``folder`` as a path, if files can be written there, or it can be made; nothing is made.
+
+    Raises:
+        NotADirectoryError: it, or something above it, is a file. PermissionError: it may not be written to.
+    """
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(f'{what} {folder}: {there} is a file; a folder was expected')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f'{what} {folder}: {there} cannot be written to; choose another folder')
+    return folder

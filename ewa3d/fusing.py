@@ -71,7 +71,7 @@ def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | N
     checkpoint, out = Path(checkpoint), check_target(out, checkpoint)
     content = read_checkpoint(checkpoint)
     meta = dict(content.get('meta') or {})
-    cfg = _config_of(content, config, checkpoint)
+    cfg = config_of(content, config, checkpoint)
     state, kind = select_weights(content, weights)
 
     expanded = _built(cfg['model'], checkpoint)
@@ -116,7 +116,13 @@ def _fused(expanded: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[nn.Module
     return *results[torch.float32], difference
 
 
-def _config_of(content: Mapping, config: Mapping | None, checkpoint: Path) -> dict:
+def config_of(content: Mapping, config: Mapping | None, checkpoint: Path) -> dict:
+    """The config for the content of a checkpoint: the given one, else the one in it, its model reduced to what is safe
+    to build.
+
+    Raises:
+        ValueError: there is none.
+    """
     meta = content.get('meta') or {}
     stored = meta.get('cfg')
     if config is not None:
@@ -128,7 +134,7 @@ def _config_of(content: Mapping, config: Mapping | None, checkpoint: Path) -> di
         return cfg
     if not isinstance(stored, Mapping) or not isinstance(stored.get('model'), Mapping):
         what = 'its config is text, which would have to be executed' if isinstance(stored, str) else 'it has no config'
-        raise ValueError(f'{checkpoint}: {what}; give a config that you trust with --config')
+        raise ValueError(f'{checkpoint}: {what}; give a config that you trust (--config; in Python the first argument)')
     return {**stored, 'model': trusted_part(stored['model'], str(checkpoint))}
 
 

@@ -18,10 +18,11 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
-import ewa3d
 from ewa3d import visualization
 from ewa3d.bench import Case, Settings, measure
 from ewa3d.cli import USER_ERRORS, load_config, one_line
+from ewa3d.cli.options import Parser
+from ewa3d.config_files import config_root
 from ewa3d.engine.checkpoint import find_last_checkpoint
 from ewa3d.engine.runner import Runner
 from ewa3d.files import atomic_write
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """The quickstart behind :func:`main`.
 
     Raises:
-        FileNotFoundError: no configs beside the package.
+        FileNotFoundError: no such configs.
         FileExistsError: the work dir holds something else.
     """
     started = time.perf_counter()
@@ -247,13 +248,12 @@ def say(text: str) -> None:
 
 
 def _arguments(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog='python -m ewa3d.quickstart', description=__doc__.partition('\n')[0])
+    parser = Parser('ewa3d quickstart', description=__doc__.partition('\n')[0])
     parser.add_argument('--work-dir', default='work_dirs/quickstart', help='a folder of its own (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='the same seed, the same numbers (default: %(default)s)')
     parser.add_argument('--threads', type=int, default=1, help='compute threads (default: %(default)s)')
     parser.add_argument('--configs', nargs=2, metavar=('PLAIN', 'EWA'),
-                        help='default: configs/quickstart/plain.py and ewa.py of the repository')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+                        help='default: quickstart/plain and quickstart/ewa')
     args = parser.parse_args(argv)
     if args.threads < 1 or args.seed < 0:
         parser.error(f'--threads {args.threads} --seed {args.seed}: expected at least 1 thread and a seed from 0 on')
@@ -261,13 +261,13 @@ def _arguments(argv) -> argparse.Namespace:
 
 
 def _configs(given: Sequence[str] | None) -> dict[str, Path]:
-    """The two config files, found from any folder; the package's own lie beside it in its repository."""
-    folder = Path(ewa3d.__file__).resolve().parents[1] / 'configs' / 'quickstart'
-    paths = [Path(path).resolve() for path in given] if given else [folder / f'{name}.py' for name in NAMES]
+    """The two config files, found from any folder."""
+    if not given:
+        return {name: config_root() / 'quickstart' / f'{name}.py' for name in NAMES}
+    paths = [Path(path).resolve() for path in given]
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f'no config {path}; the quickstart runs from a checkout of the repository '
-                                    f'(pip install -e .), or with --configs PLAIN EWA')
+            raise FileNotFoundError(f'no config {path}; --configs takes the files PLAIN and EWA')
     return dict(zip(NAMES, paths))
 
 

@@ -16,6 +16,7 @@ from engine_toys import on_cpu, same, toy_config, write_config  # noqa: F401
 from mmengine.config import Config
 
 from ewa3d import build, cli, fusing
+from ewa3d.cli import evaluate
 from ewa3d.engine.checkpoint import read_checkpoint, write_checkpoint
 from ewa3d.registry import DATASETS, MODELS
 
@@ -151,7 +152,7 @@ def test_the_folder_is_part_of_the_data_sets_name(tmp_path):
     np.savetxt(tmp_path / 'mine' / 'a' / 'x.txt', np.random.rand(8, 3))
     dataset = dict(type='FolderPointCloud', data_root=str(tmp_path / 'mine'), split=None, cache_dir=None, classes=['a'],
                    pipeline=[dict(type='Pack')])
-    found = cli._describe_data(Config(dict(test_dataloader=dict(dataset=dataset))), DATASETS.build(dataset))
+    found = evaluate._describe_data(Config(dict(test_dataloader=dict(dataset=dataset))), DATASETS.build(dataset))
     assert found['dataset'] == 'FolderPointCloud mine' and found['samples'] == 1
 
 
@@ -335,7 +336,7 @@ def test_an_interrupt_is_no_mistake(trained, monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, 'load_config', lambda *args: interrupted(args))
+    monkeypatch.setattr('ewa3d.cli.options.load_config', lambda *args: interrupted(args))
     assert cli.main(['train', str(trained / 'ewa.py')]) == 130
     assert '--resume' in capsys.readouterr().err
 

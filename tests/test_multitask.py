@@ -8,7 +8,7 @@ from mixed_toys import mixed_config, mixed_model, on_cpu  # noqa: F401
 from test_resume import assert_same_run, train
 
 from ewa3d import expand, fuse
-from ewa3d.cli import _describe_data
+from ewa3d.cli.evaluate import _describe_data
 from ewa3d.engine.checkpoint import read_checkpoint
 from ewa3d.engine.runner import Runner
 from ewa3d.evaluation_tasks import TaskMetrics

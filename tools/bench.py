@@ -1,5 +1,7 @@
-"""Compare variants of steps, layers and operators in one run: python tools/bench.py [suite ...] --help"""
-from ewa3d.bench import main
+"""``python tools/bench.py [suite ...] --help``: compare variants of steps, layers and operators in one run."""
+import sys
+
+from ewa3d.cli import main
 
 if __name__ == '__main__':
-    raise SystemExit(main())
+    sys.exit(main(['bench', *sys.argv[1:]]))

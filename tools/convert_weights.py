@@ -1,4 +1,4 @@
-"""``python tools/convert_weights.py --help``: see ewa3d/cli.py."""
+"""``python tools/convert_weights.py --help``: see ewa3d/cli/weights.py."""
 import sys
 
 from ewa3d.cli import main

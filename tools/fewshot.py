@@ -1,4 +1,4 @@
-"""``python tools/fewshot.py --help``: see ewa3d/cli.py."""
+"""``python tools/fewshot.py --help``: see ewa3d/cli/fewshot.py."""
 import sys
 
 from ewa3d.cli import main

@@ -1,4 +1,4 @@
-"""``python tools/test.py --help``: see ewa3d/cli.py."""
+"""``python tools/test.py --help``: see ewa3d/cli/evaluate.py."""
 import sys
 
 from ewa3d.cli import main

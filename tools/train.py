@@ -1,4 +1,4 @@
-"""``python tools/train.py --help``: see ewa3d/cli.py."""
+"""``python tools/train.py --help``: see ewa3d/cli/train.py."""
 import sys
 
 from ewa3d.cli import main

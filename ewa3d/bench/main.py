@@ -1,15 +1,16 @@
-"""The command line of the benchmarks; ``tools/bench.py`` calls :func:`main`."""
-import argparse
+"""The command line of the benchmarks, ``ewa3d bench`` and ``tools/bench.py``."""
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from ewa3d.bench import detection, layers, mixers, ops, parts, pretrain, step, vit
 from ewa3d.bench.harness import DTYPES, Case, Row, Settings, measure, report, table
+from ewa3d.cli.options import Parser
 from ewa3d.engine.memory import keep_freed_memory
-from ewa3d.files import atomic_write
+from ewa3d.files import atomic_write, check_writable
 from ewa3d.registry import nearest
 
 __all__ = ['SUITES', 'main', 'run']
@@ -47,7 +48,7 @@ def run(suites: Sequence[str], settings: Settings, tell: Callable[[Row], None] =
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python tools/bench.py [suite ...] [--threads N] [--dtype fp32 bf16] [--repeat R] [--out FILE] [--quick]``"""
-    parser = argparse.ArgumentParser(prog='bench.py', description='Compare variants in one run; reports, never judges.')
+    parser = Parser('ewa3d bench', description='Compare variants in one run; reports, never judges.')
     parser.add_argument('suites', nargs='*', metavar='suite', help=f'of {", ".join(SUITES)}; all by default')
     parser.add_argument('--threads', type=int, default=1, help='compute threads (default: %(default)s)')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=list(DTYPES), help='default: all')
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = next((name for name in args.suites if name not in SUITES), None)
     if unknown is not None:
         parser.error(f'no suite {unknown!r}; {nearest(unknown, SUITES)}')
+    if args.out:
+        check_writable(Path(args.out).parent, '--out: the folder')
     keep_freed_memory()  # as the Runner does: a step is timed under the conditions of a training run
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)

@@ -173,6 +173,11 @@ class PointDataset(Dataset):
                 raise ValueError(f'{self._name(index)}: {type(step).__name__} returned None instead of the sample')
         return results
 
+    def raw(self, i: int) -> dict:
+        """Sample ``i`` as the pipeline is given it."""
+        self.full_init()
+        return self._start(self._chosen[operator.index(i)])
+
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._epoch = self._epoch.share_memory_()  # a deep copy loses it

@@ -21,7 +21,7 @@ from mmengine.logging import print_log
 
 from ewa3d.ops import fps
 
-__all__ = ['Clouds', 'cached_clouds', 'fps_order']
+__all__ = ['Clouds', 'cached_clouds', 'fps_order', 'prepared_rows']
 
 VERSION = 2
 BATCH = 32  # clouds that are read before they are ordered
@@ -209,11 +209,23 @@ def ordered(clouds: list[np.ndarray], max_points: int, first: int) -> Iterator[n
     """The clouds in FPS order, cut; ``first`` is the index of the first of them (it seeds the thinning)."""
     for i, cloud in enumerate(clouds):
         if len(cloud) > max(THIN, max_points):
-            rng = np.random.default_rng(first + i)
-            rows = np.sort(rng.choice(len(cloud), max(THIN, max_points), replace=False))
-            clouds[i] = cloud[rows]
+            clouds[i] = cloud[thinned(len(cloud), max_points, first + i)]
     for cloud, order in zip(clouds, fps_order(clouds, max_points)):
         yield cloud[order]
+
+
+def thinned(size: int, max_points: int, seed: int) -> np.ndarray:
+    """The rows that are left of a large cloud before it is ordered."""
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(size, max(THIN, max_points), replace=False))
+
+
+def prepared_rows(cloud: np.ndarray, max_points: int) -> np.ndarray:
+    """Row indices of the points that a cache would keep of a cloud, in its order."""
+    if len(cloud) <= max(THIN, max_points):
+        return fps_order([cloud], max_points)[0]
+    rows = thinned(len(cloud), max_points, 0)
+    return rows[fps_order([cloud[rows]], max_points)[0]]
 
 
 def fps_order(clouds: list[np.ndarray], num: int, start: int = 0) -> list[np.ndarray]:

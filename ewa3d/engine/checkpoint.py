@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ewa3d.checks import some
 from ewa3d.engine.plain import checksum, storable, to_plain
-from ewa3d.files import atomic_write
+from ewa3d.files import atomic_write, check_writable
 from ewa3d.layers.experts import iter_experts
 
 __all__ = ['FORMAT_VERSION', 'SUFFIXES', 'check_target', 'read_checkpoint', 'write_checkpoint', 'select_weights',
@@ -47,7 +47,7 @@ def check_target(out: str | Path, source: str | Path, suffixes: tuple[str, ...] 
     """``out`` as a path, if a file made from ``source`` can be written there.
 
     Raises:
-        ValueError: another suffix, a folder, or ``source`` itself.
+        ValueError: another suffix, a folder, or ``source`` itself. OSError: a folder that cannot be written to.
     """
     out = Path(out)
     if out.suffix not in suffixes:
@@ -56,6 +56,7 @@ def check_target(out: str | Path, source: str | Path, suffixes: tuple[str, ...] 
         raise ValueError(f'{out} is a folder; the name of a file was expected')
     if out.resolve() == Path(source).resolve():
         raise ValueError(f'{out} is the checkpoint itself, which would be lost; give another name')
+    check_writable(out.parent, 'the folder')
     return out
 
 

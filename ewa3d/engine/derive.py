@@ -6,7 +6,7 @@ from ewa3d.datasets.mixed import keywords_of
 from ewa3d.models.build import fill_model, wanted_from_data
 from ewa3d.registry import nearest
 
-__all__ = ['check_save_best', 'dataset_cfgs', 'fill_num_classes', 'selection']
+__all__ = ['check_save_best', 'dataset_cfgs', 'fill_num_classes', 'metainfo_of', 'selection']
 
 
 def dataset_cfgs(loader) -> list[Mapping]:
@@ -20,7 +20,7 @@ def dataset_cfgs(loader) -> list[Mapping]:
     return found
 
 
-def _metainfo_of(loader) -> Mapping:
+def metainfo_of(loader) -> Mapping:
     """The metainfo of a loader's data set, where it has ``classes`` or ``sources``; built without reading where that is
     possible."""
     cfgs = dataset_cfgs(loader)
@@ -45,7 +45,7 @@ def fill_num_classes(cfg, splits=('train', 'val', 'test')) -> None:
     if not isinstance(model, Mapping) or not (model.get('tasks') or wanted_from_data(model)):
         return
     for split in splits:
-        metainfo = _metainfo_of(cfg.get(f'{split}_dataloader'))
+        metainfo = metainfo_of(cfg.get(f'{split}_dataloader'))
         if metainfo:
             fill_model(model, metainfo, split)
             return
@@ -102,7 +102,7 @@ def check_save_best(cfg: Mapping) -> None:
     metrics = metrics['metrics'] if isinstance(metrics, Mapping) and 'metrics' in metrics else metrics
     if not wanted or metrics is None or any(_adds_metrics(hook) for hook in _hooks(cfg)):
         return
-    classes = _metainfo_of(cfg.get('val_dataloader')).get('classes') if any('acc/' in n for n in wanted) else None
+    classes = metainfo_of(cfg.get('val_dataloader')).get('classes') if any('acc/' in n for n in wanted) else None
     known: list[str] = []
     for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
         kind = metric.get('type') if isinstance(metric, Mapping) else type(metric)

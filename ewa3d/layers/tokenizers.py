@@ -156,7 +156,7 @@ def points_of(inputs: Mapping | Tensor) -> Tensor:
     """The cloud of ``dict(points=...)``, or the tensor itself.
 
     Raises:
-        KeyError, TypeError: inputs without ``points``, or no tensor.
+        KeyError, TypeError: inputs without ``points``, no tensor, or one of integers.
     """
     points = inputs
     if isinstance(inputs, Mapping):
@@ -165,4 +165,6 @@ def points_of(inputs: Mapping | Tensor) -> Tensor:
         points = inputs['points']
     if not isinstance(points, Tensor):
         raise TypeError(f'points must be a tensor (B, N, 3) or dict(points=...), got {type(points).__name__}')
+    if not points.is_floating_point():
+        raise TypeError(f'points must be floating-point numbers, got {points.dtype}')
     return points

@@ -1,4 +1,5 @@
 """From a config, and where given a checkpoint, to a model."""
+import contextlib
 import copy
 import inspect
 from collections.abc import Mapping, MutableMapping
@@ -6,6 +7,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from ewa3d.config_files import find_config
 from ewa3d.models.task import TaskModel
 from ewa3d.models.weights import num_outputs
 from ewa3d.registry import MODELS, nearest
@@ -15,41 +17,89 @@ __all__ = ['build', 'fill_from_checkpoint', 'fill_model', 'wanted_from_data', 'w
 
 def build(config: str | Path | Config | dict, checkpoint: str | Path | None = None,
           num_classes: int | None = None) -> TaskModel:
-    """The model of a config.
+    """The model of a config, ready to :meth:`~ewa3d.models.task.TaskModel.predict`.
 
     Args:
-        config: path of a config, a ``Config`` or dict with a ``model``, or the model's config itself.
+        config: path of a config, a name from :func:`ewa3d.list_configs`, a ``Config`` or dict with a ``model``, or the
+            model's config itself. A checkpoint that training or fusing wrote will do alone: its config is read as data.
         checkpoint: weights to load, all of them; the model is then in eval mode.
-        num_classes: for the head; else the config's value, else that of the checkpoint's data set or weights.
+        num_classes: for the head; else the config's value, else that of the checkpoint's data set or weights, else that
+            of the config's data, where they are there.
 
     Raises:
         FileNotFoundError: no such config or checkpoint.
         KeyError: the config has no ``model``.
-        ValueError: the checkpoint is that of another model.
+        ValueError: the checkpoint is that of another model, or has no config and none is given.
     """
-    if isinstance(config, (str, Path)):
-        if not Path(config).is_file():
-            raise FileNotFoundError(f'config {config} does not exist')
-        config = Config.fromfile(config)
-    cfg = config.to_dict() if isinstance(config, Config) else copy.deepcopy(dict(config))
-    name = 'model' if 'model' in cfg else 'the config'
-    cfg = cfg.get('model', cfg)
-    if 'type' not in cfg:
-        raise KeyError(f"{name} has no 'type'; expected model=dict(type='TaskModel', …), found {sorted(cfg)}")
     weights = {}
+    if checkpoint is None and isinstance(config, (str, Path)) and Path(config).suffix in ('.pth', '.safetensors'):
+        checkpoint = config
     if checkpoint is not None:
         from ewa3d.engine.checkpoint import load_any, read_checkpoint, select_weights
         weights = read_checkpoint(checkpoint)
+    whole = _config_dict(config, checkpoint, weights)
+    name = 'model' if 'model' in whole else 'the config'
+    cfg = whole.get('model', whole)
+    if 'type' not in cfg:
+        raise KeyError(f"{name} has no 'type'; expected model=dict(type='TaskModel', …), found {sorted(cfg)}")
     if num_classes and 'num_classes' in _parameters(cfg.get('head')):
         cfg['head'].update(num_classes=num_classes)
     fill_from_checkpoint(cfg, weights)
     if weights:
         cfg = without_pretrained(cfg)  # the checkpoint has it all
+    metainfo = (weights.get('meta') or {}).get('dataset_meta') or {}
+    if not metainfo and config is not checkpoint and (weights or _lacks(cfg)):
+        metainfo = _fill_from_data(whole, cfg)
     model = MODELS.build(cfg)
     if weights:
         load_any(model, weights, select_weights(weights)[0], str(checkpoint))
         model.eval()
+    if isinstance(model, TaskModel):
+        _tell_usage(model, whole, metainfo, weights, str(checkpoint))
     return model
+
+
+def _config_dict(config, checkpoint, weights: Mapping) -> dict:
+    """The config as a dict of its own."""
+    if config is checkpoint:
+        from ewa3d.fusing import config_of
+        return copy.deepcopy(config_of(weights, None, Path(checkpoint)))
+    if isinstance(config, (str, Path)):
+        config = Config.fromfile(find_config(config))
+    return config.to_dict() if isinstance(config, Config) else copy.deepcopy(dict(config))
+
+
+def _fill_from_data(whole: Mapping, cfg: MutableMapping) -> Mapping:
+    """The metainfo of the config's data, where they are there; what the model's config lacks is filled in from it."""
+    from ewa3d.engine.derive import metainfo_of
+    for split in ('train', 'val', 'test'):
+        metainfo = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ImportError):  # a model needs no data
+            metainfo = metainfo_of(whole.get(f'{split}_dataloader'))
+        if metainfo:
+            if _lacks(cfg):
+                fill_model(cfg, metainfo, split)
+            return metainfo
+    return {}
+
+
+def _lacks(cfg: Mapping) -> bool:
+    """Whether something that data can tell is missing in a model's config."""
+    branches = [task for task in (cfg.get('tasks') or {}).values() if isinstance(task, Mapping)] or [cfg]
+    return any(branch[part].get(key) is None for branch in branches for part, key in wanted_from_data(branch))
+
+
+def _tell_usage(model: TaskModel, whole: Mapping, metainfo: Mapping, weights: Mapping, name: str) -> None:
+    """What the config, or else that in the checkpoint, says about data goes to ``model.usage``."""
+    stored = (weights.get('meta') or {}).get('cfg')
+    loaders = ('test_dataloader', 'val_dataloader')
+    if not any(whole.get(key) for key in loaders) and isinstance(stored, Mapping):
+        from ewa3d.fusing import trusted_part
+        whole = trusted_part({key: stored[key] for key in (*loaders, 'test_evaluator', 'val_evaluator')
+                              if stored.get(key)}, name)
+    if any(whole.get(key) for key in loaders):
+        from ewa3d.inference import usage_of
+        model.usage = usage_of(whole, metainfo)
 
 
 def without_pretrained(cfg):

@@ -36,6 +36,10 @@ class TaskModel(ExpandableModel):
         - returns the head's raw output (``mode='tensor'``; with tasks a dict of those whose modality is given), a dict
           of losses (``'loss'``) or samples (``'predict'``).
 
+    Attributes:
+        usage: by source of data, how inputs are prepared and outputs named (:class:`ewa3d.inference.Usage`);
+            :func:`ewa3d.build` sets it.
+
     Raises:
         ValueError: a task without a head, a modality without tokenizer, a batch that no task learns from; both
             ``tasks`` and a ``head`` or ``neck``.
@@ -46,6 +50,7 @@ class TaskModel(ExpandableModel):
                  pretrained: str | dict | None = None, data_preprocessor: dict | nn.Module | None = None,
                  tasks: dict | None = None, trainable: Sequence[str] | None = None):
         super().__init__(data_preprocessor)
+        self.usage = {}
         self.backbone = build_module(backbone)
         self.tasks = None
         if tasks is not None:
@@ -60,16 +65,75 @@ class TaskModel(ExpandableModel):
         self.finish(pretrained, expand, trainable)
         bind_frames(self, frames_of_backbone(self.backbone))
 
-    def extract(self, points: Tensor | dict) -> Tensor | dict[str, Tensor]:
-        """The head's input, of ``points`` ``(B, N, 3 + F)`` or of ``dict(points=...)``: pooled features, those of
-        every point, or those of object queries. With tasks, a dict of that of each whose modality is given."""
+    def extract(self, points, out_indices: Sequence[int] | None = None):
+        """Features: the head's input, or what blocks of the backbone give.
+
+        Args:
+            points: what the model takes, a tensor ``(B, N, 3 + F)`` or ``dict(points=…)``, as it is. Anything else,
+                numpy arrays, paths and lists of them, goes through the test pipeline first, see :meth:`prepare`; that
+                is without gradients and in eval mode.
+            out_indices: blocks of the backbone, negative ones counted from the end.
+
+        Returns:
+            pooled features, those of every point, or those of object queries; with tasks, a dict of that of each whose
+            modality is given. With ``out_indices`` a tuple of the tokens behind each of these blocks,
+            ``(B, num_prefix_tokens + L, C)``.
+        """
+        if not isinstance(points, (Tensor, Mapping)):
+            from ewa3d.inference import evaluating
+            inputs = self.prepare(points)
+            with evaluating(self):
+                return self.extract(inputs, out_indices)
         inputs = inputs_of(points)
+        if out_indices is not None:
+            return self._blocks(inputs, out_indices)
         if self.tasks is not None:
             return features_by_task(self.backbone, tasks_of_batch(self.tasks, inputs), inputs)
         if hasattr(self.neck, 'out_indices'):
             return self.neck(*self.backbone.located(inputs, self.neck.out_indices), inputs)
         feats = self.backbone(inputs)
         return feats if self.neck is None else self.neck(feats)
+
+    def _blocks(self, inputs: Mapping, out_indices: Sequence[int]) -> tuple[Tensor, ...]:
+        if isinstance(out_indices, (str, int)) or not len(out_indices):
+            raise ValueError(f'out_indices must name blocks, such as (-1,), got {out_indices!r}')
+        if hasattr(self.backbone, 'located') and not hasattr(self.backbone, 'modalities'):
+            return self.backbone.located(inputs, out_indices)[0]
+        return self.backbone(inputs, out_indices)
+
+    def predict(self, points, category=None, task: str | None = None, threshold: float | None = None,
+                pipeline: Sequence | None = None, batch_size: int = 32):
+        """What the model says about clouds (images, clips) as people have them, with names.
+
+        They go through the config's test pipeline, as the data set's own samples do: they need not be normalised,
+        sampled or of one size. A cloud of fewer points than the pipeline takes repeats some. The model's mode and
+        gradients are left as they are.
+
+        Args:
+            points: ``(N, 3 + F)`` numpy or torch, the path of a file (see :func:`ewa3d.datasets.io.read_cloud`), a list
+                of them, or a batch ``(B, N, 3 + F)``; for images ``(H, W, C)`` bytes (torch: ``(C, H, W)``) or paths.
+            category: of part segmentation, where the model is told it: a name or number, or one for each cloud.
+            task: which one, of a model with several.
+            threshold: boxes of a lower objectness are left out; by default the evaluation's.
+            pipeline: another one than the config's.
+            batch_size: how many go through the model at once.
+
+        Returns:
+            a :class:`~ewa3d.predictions.ClassPrediction` (label, name, score), a
+            :class:`~ewa3d.predictions.PartPrediction` (a part for each of the points that were given) or a
+            :class:`~ewa3d.predictions.BoxPrediction`; a list of them where a list or a batch was given.
+
+        Raises:
+            TypeError: what is no array of numbers or path. ValueError: another shape, NaN, a model without a pipeline,
+                a category or task that is missing or unknown. FileNotFoundError: no such file.
+        """
+        from ewa3d.inference import predict
+        return predict(self, points, category, task, threshold, pipeline, batch_size)
+
+    def prepare(self, points, category=None, task: str | None = None, pipeline: Sequence | None = None):
+        """The inputs, a dict of batches on the model's device, that :meth:`predict` would give to the model."""
+        from ewa3d.inference import prepare
+        return prepare(self, points, category, task, pipeline)
 
     def forward(self, inputs: dict | Tensor, data_samples: Sequence[Sample] | None = None, mode: str = 'tensor'):
         check_mode(mode)

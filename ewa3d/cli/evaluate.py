@@ -1,0 +1,120 @@
+"""``ewa3d test``."""
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+
+from ewa3d.cli.options import Parser, prepare, running
+from ewa3d.cli.train import leave_group
+
+__all__ = ['evaluate', 'main']
+
+PICTURES = {'PartIoU': 'PartPicturesHook', 'BoxAP': 'BoxPicturesHook'}  # what draws what a metric judges
+EVALUATING = ('LoggerHook', 'LinearSVMHook', 'VotingHook', *PICTURES.values())  # hooks that a test keeps
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``ewa3d test CONFIG CHECKPOINT``."""
+    parser = running(Parser('ewa3d test', description='Evaluate a checkpoint.'))
+    parser.add_argument('checkpoint')
+    parser.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default',
+                        help="of a run with EMA; default: the averaged ones, which its 'state_dict' holds")
+    parser.add_argument('--vote', type=int, nargs='?', const=10, metavar='TIMES',
+                        help='report beside the plain numbers those of logits averaged over so many (10) passes, each '
+                             "drawn and augmented by the config's vote_pipeline, or else as in training")
+    parser.add_argument('--pictures', type=int, nargs='?', const=1, metavar='N',
+                        help='pictures/parts.png or boxes.png, and .html, in the work dir: the N (1) best, median and '
+                             'worst shapes of part segmentation, or scenes of detection')
+    return evaluate(parser.parse_args(argv))
+
+
+def evaluate(args) -> int:
+    """Evaluate a checkpoint; writes ``metrics.json`` into the work dir."""
+    cfg = prepare(args)
+    from mmengine.dist import is_main_process
+
+    from ewa3d.engine.checkpoint import load_any, read_checkpoint, select_weights
+    from ewa3d.engine.hooks import unwrapped
+    from ewa3d.engine.runner import Runner
+    from ewa3d.engine.validate import check_config
+    from ewa3d.evaluation import is_of_one_class
+    from ewa3d.files import atomic_write
+    from ewa3d.models.build import without_pretrained
+    check_config(cfg, training=False)  # all that it has, before the parts for training are left out
+    checkpoint = read_checkpoint(args.checkpoint)
+    weights, kind = select_weights(checkpoint, args.weights)
+    meta = checkpoint.get('meta') or {}
+    keep = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if v and v.get('type') in EVALUATING}
+    if args.vote is not None:
+        keep['vote'] = dict(type='VotingHook', times=args.vote, pipeline=_vote_pipeline(cfg))
+    if args.pictures is not None:
+        keep['pictures'] = dict(type=_pictures_hook(cfg), num_samples=args.pictures)
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
+                'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
+        cfg[key] = None
+    cfg.resume = False
+    cfg.model = without_pretrained(cfg.model)  # the checkpoint has it all, and the file may be elsewhere by now
+    cfg.default_hooks, cfg.custom_hooks = keep, None
+    try:
+        runner = Runner.from_cfg(cfg)
+        _check_classes(meta, runner, args.checkpoint)
+        load_any(unwrapped(runner.model), checkpoint, weights, args.checkpoint)
+        runner.logger.info(f'{args.checkpoint}: {kind} weights')
+        metrics = runner.test()
+        data = runner.test_dataloader.dataset
+        result = {**{k: float(v) for k, v in metrics.items()}, 'config': args.config, 'checkpoint': args.checkpoint,
+                  'weights': kind, 'epoch': meta.get('epoch'), **_describe_data(cfg, data),
+                  'seed': meta.get('seed', runner.seed)}
+        if is_main_process():
+            out = atomic_write(Path(cfg.work_dir) / 'metrics.json', json.dumps(result, indent=2) + '\n')
+            shown = (f'{k} {v:.2f}' for k, v in metrics.items() if not is_of_one_class(k))
+            sys.stdout.write('  '.join(shown) + f'  → {out}\n')
+    finally:
+        leave_group()
+    return 0
+
+
+def _pictures_hook(cfg: Config) -> str:
+    metrics = cfg.get('test_evaluator') or []
+    kinds = [metric.get('type') for metric in (metrics if isinstance(metrics, list) else [metrics])]
+    for kind in kinds:
+        if kind in PICTURES:
+            return PICTURES[kind]
+    raise ValueError(f'--pictures draws what {" or ".join(PICTURES)} judges; the test_evaluator is {kinds}')
+
+
+def _vote_pipeline(cfg: Config) -> list:
+    from ewa3d.engine.derive import dataset_cfgs
+    training = dataset_cfgs(cfg.get('train_dataloader'))
+    pipeline = cfg.get('vote_pipeline') or (training[-1].get('pipeline') if training else None)
+    if not pipeline:
+        raise ValueError('--vote: the config has neither a vote_pipeline nor a pipeline of its training data')
+    return pipeline
+
+
+def _check_classes(meta: dict, runner, checkpoint: str) -> None:
+    """Refuse to evaluate on the same classes in another order: the numbers would mean nothing."""
+    trained = (meta.get('dataset_meta') or {}).get('classes')
+    data = getattr(runner.build_test_loop(runner._test_loop).dataloader.dataset, 'metainfo', None) or {}
+    here = list(data.get('classes') or [])
+    if trained and here and sorted(trained) == sorted(here) and list(trained) != here:
+        raise ValueError(f'{checkpoint} was trained with the classes in another order: {trained[:5]} … there, '
+                         f'{here[:5]} … in the data set')
+
+
+def _describe_data(cfg: Config, dataset) -> dict:
+    from ewa3d.engine.derive import dataset_cfgs
+    if hasattr(dataset, 'names'):  # a mixture
+        return dict(dataset=' + '.join(dataset.names), split=dataset.split, points=None, samples=len(dataset))
+    inner = dataset_cfgs(cfg.test_dataloader)[-1]
+    points, samples = dataset[0]['inputs'].get('points'), len(dataset)
+    kind = inner.get('type')
+    while not hasattr(dataset, 'split') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset  # wrappers: the split is the data set's own
+    root = getattr(dataset, 'data_root', None)
+    of_folder = f' {Path(root).resolve().name}' if kind == 'FolderPointCloud' and root else ''
+    return dict(dataset=f'{kind}{inner.get("variant", "")}{of_folder}',
+                split=getattr(dataset, 'split', inner.get('split')),
+                points=None if points is None else int(points.shape[0]), samples=samples)

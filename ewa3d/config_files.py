@@ -1,0 +1,62 @@
+"""The configs that come with the package, by name."""
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ewa3d.registry import nearest
+
+__all__ = ['config_root', 'find_config', 'list_configs']
+
+
+def config_root() -> Path:
+    """The folder of the configs: ``ewa3d/configs`` of an installed package, ``configs`` of a checkout.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    for root in (package / 'configs', package.parent / 'configs'):
+        if (root / '_base_').is_dir():
+            return root
+    raise FileNotFoundError(f'{package}: the configs, which belong into {package / "configs"}, are not there; install '
+                            'the package again')
+
+
+def list_configs(pattern: str = '*') -> list[str]:
+    """Names of configs, ``folder/name``, sorted. :func:`ewa3d.build` and the commands take them, also without the
+    folder.
+
+    Args:
+        pattern: as in a shell: ``'*modelnet*'``, ``'part_seg/*_ewa'``.
+    """
+    root = config_root()
+    names = (path.relative_to(root).with_suffix('').as_posix() for path in root.rglob('*.py') if path.is_file())
+    return sorted(name for name in names if not name.startswith('_base_/') and fnmatchcase(name, pattern))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a config: a path, or a name from :func:`list_configs`, with or without its folder, ``configs/`` or
+    ``.py``.
+
+    Raises:
+        FileNotFoundError: there is neither such a file nor such a name; tells the nearest ones.
+        ValueError: several folders have a config of this name. IsADirectoryError: a folder.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = list_configs()
+    short = os.fspath(name).replace('\\', '/').removeprefix('./').removeprefix('configs/').removesuffix('.py')
+    found = [entry for entry in known if short in (entry, entry.rpartition('/')[2])]
+    if len(found) > 1:
+        raise ValueError(f'config {name}: several are called so: {", ".join(found)}')
+    if not found and path.is_dir():
+        raise IsADirectoryError(f'config {name} is a folder; a file or a name was expected')
+    if not found:
+        if '/' in short and short.partition('/')[0] not in {entry.partition('/')[0] for entry in known}:
+            raise FileNotFoundError(f'config {name} does not exist')
+        close = known if '/' in short else [entry.rpartition('/')[2] for entry in known]
+        hint = nearest(short, close)
+        raise FileNotFoundError(f'config {name} does not exist' + (f'; {hint}' if hint.endswith('?') else
+                                                                  '; ewa3d configs lists those that come along'))
+    return config_root() / f'{found[0]}.py'
