@@ -1,4 +1,5 @@
-"""The commands ``train``, ``test``, ``fewshot``, ``fuse``, ``convert`` and ``quickstart``.
+"""The commands ``train``, ``test``, ``fewshot``, ``fuse``, ``convert``, ``browse``, ``plot``, ``report`` and
+``quickstart``.
 
 ``tools/*.py`` and the console script ``ewa3d`` call :func:`main`.
 """
@@ -9,13 +10,18 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
 __all__ = ['main', 'train', 'test', 'fewshot', 'fuse', 'convert', 'load_config']
 
-EVALUATING = ('LoggerHook', 'LinearSVMHook', 'PartPicturesHook', 'VotingHook')  # hooks that a test keeps
+# Hooks that a test keeps.
+EVALUATING = ('LoggerHook', 'LinearSVMHook', 'PartPicturesHook', 'PicturesHook', 'VotingHook')
+MODULES = dict(browse='pictures of what a model is given, after the transforms',
+               plot='curves of runs over one another; the confusion matrix of one',
+               report='write report.html of runs anew')  # commands that are modules with add_arguments() and run()
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 
@@ -31,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         from ewa3d.quickstart import main as quickstart
         return quickstart(argv[1:])
     try:
-        args = _parser().parse_args(argv)
+        args = _parser(argv).parse_args(argv)
         return args.command(args)
     except USER_ERRORS as error:
         if '--debug' in argv:
@@ -72,9 +78,10 @@ class _Options(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('ewa3d', description='Train, evaluate and fuse point transformers.')
-    commands = parser.add_subparsers(required=True, metavar='{train,test,fewshot,fuse,convert,quickstart}')
+    commands = parser.add_subparsers(required=True, metavar='{train,test,fewshot,fuse,convert,browse,plot,report,'
+                                                             'quickstart}')
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
@@ -104,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
                          help='report beside the plain numbers those of logits averaged over so many (10) passes, each '
                               "drawn and augmented by the config's vote_pipeline, or else as in training")
     command.add_argument('--pictures', type=int, nargs='?', const=1, metavar='N',
-                         help='of part segmentation: pictures/parts.png and .html in the work dir, of the N (1) best, '
-                              'median and worst shapes')
+                         help='pictures/*.png and .html in the work dir: predictions of 8·N samples (N is 1), half of '
+                              'them wrong ones; of part segmentation, the N best, median and worst shapes')
     command.set_defaults(command=test)
 
     command = commands.add_parser('fewshot', parents=[configured],
@@ -138,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--weights', choices=['default', 'ema', 'raw'], default='default',
                          help='which ones of a run with EMA go --to-official')
     command.set_defaults(command=convert)
+
+    for name, text in MODULES.items():
+        command = commands.add_parser(name, parents=[common], help=text)
+        if name in argv[:1]:  # their imports take a while
+            module = import_module(f'ewa3d.{name}')
+            module.add_arguments(command)
+            command.set_defaults(command=module.run)
 
     commands.add_parser('quickstart', help='train plain and with EWA on embedded data, fuse, compare', add_help=False)
     return parser
@@ -305,7 +319,7 @@ def test(args) -> int:
     if args.vote is not None:
         keep['vote'] = dict(type='VotingHook', times=args.vote, pipeline=_vote_pipeline(cfg))
     if args.pictures is not None:
-        keep['pictures'] = dict(type='PartPicturesHook', num_shapes=args.pictures)
+        keep['pictures'] = dict(type='PicturesHook', num=args.pictures)
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
         cfg[key] = None

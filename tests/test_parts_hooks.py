@@ -153,7 +153,7 @@ def test_chosen_shapes_are_the_best_the_median_and_the_worst(tmp_path):
 
     logger = SimpleNamespace(info=lambda text: None)
     runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=Data()), model=Model(), work_dir=str(tmp_path),
-                             logger=logger)
+                             logger=logger, visualizer=SimpleNamespace(_vis_backends={}))
     hook = PartPicturesHook()
     hook.before_test_epoch(runner)
     for i in range(5):

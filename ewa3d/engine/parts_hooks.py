@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.engine.hooks import unwrapped
+from ewa3d.engine.pretrain_hooks import show_picture
 from ewa3d.evaluation_parts import PartIoU, predicted_parts, shape_iou
 from ewa3d.registry import HOOKS
 
@@ -98,6 +99,7 @@ class PartPicturesHook(Hook):
         options = dict(cells, up=(dataset.metainfo or {}).get('up_axis') or 'z',
                        heading='parts: truth, prediction, errors')
         png, page = draw_clouds(path=folder / 'parts.png', **options), write_html(path=folder / 'parts.html', **options)
+        show_picture(runner, 'parts', png)
         runner.logger.info(f'pictures: {png}, {page}')
 
 

@@ -1,0 +1,93 @@
+"""Pictures of what a model predicts, of any task, after a test and while training."""
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.dataset import pseudo_collate
+from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
+from mmengine.hooks import Hook
+
+from ewa3d.checks import check_integer
+from ewa3d.engine.hooks import unwrapped
+from ewa3d.engine.parts_hooks import PartPicturesHook
+from ewa3d.engine.pretrain_hooks import predict, show_picture
+from ewa3d.gallery import by_source, write_gallery
+from ewa3d.registry import HOOKS
+
+__all__ = ['PicturesHook']
+
+
+@HOOKS.register_module()
+class PicturesHook(Hook):
+    """``pictures/`` in the work dir: what the model predicts of samples of the evaluated data.
+
+    After a test, of part segmentation what :class:`~ewa3d.engine.parts_hooks.PartPicturesHook` draws; else
+    ``predictions.png`` and ``.html`` (of several data sets, ``predictions_NAME``): classes below clouds, images and
+    clips, half of them wrong ones where there are; boxes beside the true ones; reconstructions. While training,
+    ``val_epoch_N.png`` of the same samples every time. All go to the visualizer as well, so to TensorBoard where the
+    config asks for it.
+
+    Args:
+        num: 8 · num samples of each data set; of parts, ``num`` of the best, the median and the worst.
+        interval: draw after the validation of every so many epochs; ``None`` draws after tests only.
+        ply: write the clouds, coloured, as PLY files as well.
+
+    Raises:
+        TypeError, ValueError: a number out of range.
+    """
+    priority = 'LOW'
+
+    def __init__(self, num: int = 1, interval: int | None = None, ply: bool = False):
+        self.num = check_integer('PicturesHook: num', num, 1)
+        self.interval = None if interval is None else check_integer('PicturesHook: interval', interval, 1)
+        self.ply = ply
+        self._parts: PartPicturesHook | None = None
+        self._seen, self._wrong = 0, []
+
+    def before_test_epoch(self, runner) -> None:
+        self._parts, self._seen, self._wrong = None, 0, []
+
+    def after_test_iter(self, runner, batch_idx: int, data_batch=None, outputs: Sequence | None = None) -> None:
+        for sample in outputs or ():
+            if 'part_scores' in sample and self._parts is None:
+                self._parts = PartPicturesHook(self.num)
+            if 'pred_label' in sample and 'gt_label' in sample and int(sample.pred_label) != int(sample.gt_label):
+                self._wrong.append(get_rank() + get_world_size() * self._seen)  # as the sampler deals them out
+            self._seen += 1
+        if self._parts is not None:
+            self._parts.after_test_iter(runner, batch_idx, data_batch, outputs)
+
+    def after_test_epoch(self, runner, metrics: dict | None = None) -> None:
+        if self._parts is not None:
+            self._parts.after_test_epoch(runner, metrics)
+            return
+        wrong = sorted(place for places in all_gather_object(self._wrong) for place in places)
+        if is_main_process():
+            self.draw(runner, runner.test_dataloader.dataset, 'predictions', wrong)
+
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        if self.interval and runner.epoch % self.interval == 0 and is_main_process():
+            self.draw(runner, runner.val_dataloader.dataset, f'val_epoch_{runner.epoch}')
+
+    def draw(self, runner, dataset, name: str, wrong: Sequence[int] = ()) -> list[Path]:
+        """Write the pictures of samples spread evenly over a data set, half of them of ``wrong`` (of a single one)."""
+        written = []
+        for source, data, places in by_source(dataset, 8 * self.num):
+            if wrong and not source:
+                count = max(len(places) // 2, 1)
+                missed = [wrong[i * len(wrong) // count] for i in range(min(count, len(wrong)))]
+                others = [place for place in places if place not in missed]
+                places = [*missed, *others[:max(len(places) - len(missed), 0)]]
+            items = [data[place] for place in places]
+            if source:
+                for item in items:
+                    item['data_samples'].set_metainfo(dict(source=source))
+            batch = pseudo_collate(items)
+            samples = predict(unwrapped(runner.model), batch)
+            items = [dict(inputs=item['inputs'], data_samples=sample) for item, sample in zip(items, samples)]
+            stem = Path(runner.work_dir) / 'pictures' / f'{name}{f"_{source}" if source else ""}'
+            heading = f'{source or type(data).__name__}: {name.replace("_", " ")}'
+            written += write_gallery(items, data, stem, heading, predicted=True, ply=self.ply)
+            tag = name.partition('_epoch')[0]
+            show_picture(runner, f'{tag}/{source}' if source else tag, stem.with_name(f'{stem.name}.png'))
+        runner.logger.info(f'pictures: {", ".join(map(str, written))}')
+        return written
