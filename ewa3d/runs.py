@@ -56,7 +56,7 @@ def run_names(folders: Sequence[str | Path]) -> list[str]:
         names = ['/'.join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [f'{name} ({i + 1})' for i, name in enumerate(names)]  # the same folder twice
+    return [f'{part[-1]} ({i + 1})' for i, part in enumerate(parts)]  # the same folder twice
 
 
 def default_keys(lines: Sequence[Mapping]) -> list[str]:
