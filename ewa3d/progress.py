@@ -8,7 +8,7 @@ from mmengine.logging import MMLogger, print_log
 
 __all__ = ['Progress', 'on_terminal', 'track']
 
-LINE_SECONDS = 5.0  # between two plain lines
+LINE_SECONDS, DRAW_SECONDS = 5.0, 0.1  # between two plain lines, and two drawings of the bars
 
 
 def on_terminal() -> bool:
@@ -77,8 +77,12 @@ class Progress:
 
 
 class _Display:
-    """The one live display of the process, there while a job is on it. Log lines scroll by above it."""
+    """The one live display of the process, there while a job is on it. Log lines scroll by above it.
+
+    It is drawn when a job goes on, not by a thread of its own: data workers are forked, and a thread's lock with them.
+    """
     live = None
+    drawn = 0.
     moved: tuple[tuple[logging.StreamHandler, object], ...] = ()
 
     @classmethod
@@ -89,7 +93,7 @@ class _Display:
                 progress.TextColumn('{task.description}'), progress.BarColumn(bar_width=24),
                 progress.MofNCompleteColumn(), progress.TimeElapsedColumn(), progress.TextColumn('eta'),
                 progress.TimeRemainingColumn(), progress.TextColumn('{task.fields[text]}', markup=False),
-                console=_console(), transient=True)
+                console=_console(), transient=True, auto_refresh=False)
             streams = (sys.stdout, sys.stderr)
             cls.live.start()  # sys.stdout and sys.stderr now write above the bars; loggers hold the old ones
             handlers = [h for h in MMLogger.get_current_instance().handlers
@@ -100,6 +104,10 @@ class _Display:
     @classmethod
     def update(cls, task, done: int, text: str | None) -> None:
         cls.live.update(task, completed=done, **({} if text is None else dict(text=text)))
+        now = time.perf_counter()
+        if now - cls.drawn > DRAW_SECONDS:
+            cls.drawn = now
+            cls.live.refresh()
 
     @classmethod
     def remove(cls, task) -> None:

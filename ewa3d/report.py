@@ -60,7 +60,7 @@ def write_report(folder: str | Path, *, config: str | None = None, environment: 
     if not lines and not tested:
         raise FileNotFoundError(f'{folder}: neither metrics.jsonl of a training nor metrics.json of a test is there')
     name = folder.resolve().name
-    sections = [('Results', _results(lines, tested)), ('To repeat it', _command(environment, tested, folder)),
+    sections = [('Results', _results(lines, tested, folder)), ('To repeat it', _command(environment, tested, folder)),
                 ('Curves', line_charts(curves_of({name: lines})) if _drawable(lines) else ''),
                 ('Confusion', _confusions(read_json(folder / 'confusion.json'))),
                 ('Pictures', _pictures(folder / 'pictures')), ('Config', _folded('config.py', config)),
@@ -91,7 +91,7 @@ def _numbers(line: Mapping) -> dict[str, float]:
             if key not in NOT_METRICS and isinstance(value, (int, float)) and not isinstance(value, bool)}
 
 
-def _results(lines: Sequence[Mapping], tested: Mapping) -> str:
+def _results(lines: Sequence[Mapping], tested: Mapping, folder: Path) -> str:
     """The last evaluation and the range over the epochs; a test beside them; classes folded away."""
     judged = [line for line in lines if line['mode'] == 'val']
     final = [line for line in lines if line['mode'] == 'test']
@@ -117,6 +117,8 @@ def _results(lines: Sequence[Mapping], tested: Mapping) -> str:
     about = [f'{key}: {tested[key]}' for key in ('dataset', 'split', 'points', 'samples', 'weights', 'checkpoint')
              if tested.get(key) is not None]
     parts += [f'<p class="muted">The test: {html.escape(", ".join(about))}</p>'] if about else []
+    kept = sorted(path.name for path in folder.glob('*.pth'))
+    parts += [f'<p class="muted">Checkpoints: {html.escape(", ".join(kept))}</p>'] if kept else []
     return '\n'.join(parts)
 
 

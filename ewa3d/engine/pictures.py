@@ -73,10 +73,10 @@ class PicturesHook(Hook):
         written = []
         for source, data, places in by_source(dataset, 8 * self.num):
             if wrong and not source:
-                count = max(len(places) // 2, 1)
-                missed = [wrong[i * len(wrong) // count] for i in range(min(count, len(wrong)))]
+                count = min(max(len(places) // 2, 1), len(wrong))
+                missed = [wrong[i * len(wrong) // count] for i in range(count)]
                 others = [place for place in places if place not in missed]
-                places = [*missed, *others[:max(len(places) - len(missed), 0)]]
+                places = [*missed, *others[:len(places) - count]]
             items = [data[place] for place in places]
             if source:
                 for item in items:
