@@ -60,7 +60,8 @@ def write_gallery(items: Sequence[Mapping], dataset, stem: str | Path, heading: 
         body = f'<h1>{html.escape(heading)}</h1><img alt="" style="width:100%;image-rendering:pixelated" ' \
                f'src="data:image/png;base64,{picture}">'
         return [png, atomic_write(png.with_suffix('.html'), page(heading, body))]
-    written = [draw_clouds(path=png, up=up, heading=heading, **cells)]
+    columns = min(cells['columns'], len(cells['clouds']))
+    written = [draw_clouds(path=png, up=up, heading=heading, size=min(max(2.2, 9 / columns), 5), **cells)]
     turned = {key: cells[key] for key in ('clouds', 'titles', 'colors', 'columns') if key in cells}
     written.append(write_html(path=png.with_suffix('.html'), up=up, heading=heading, **turned))
     colors = cells.get('colors') or [None] * len(cells['clouds'])

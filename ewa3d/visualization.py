@@ -74,7 +74,7 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
             figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, titles[i], color=title_colors[i],
                         ha='center', va='top', fontsize=9)
     if heading:
-        figure.text(0.5, 1 - 0.15 / height, heading, ha='center', va='top', fontsize=12, color=INK, weight='bold')
+        _write_heading(figure, heading, width, height)
     return _save(figure, path)
 
 
@@ -111,7 +111,7 @@ def draw_images(images: Sequence, path, *, titles: Sequence[str] | None = None,
         figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, titles[i], color=title_colors[i],
                     ha='center', va='top', fontsize=9)
     if heading:
-        figure.text(0.5, 1 - 0.15 / height, heading, ha='center', va='top', fontsize=12, color=INK, weight='bold')
+        _write_heading(figure, heading, width, height)
     return _save(figure, path)
 
 
@@ -399,6 +399,12 @@ def _figure(width: float, height: float):
     figure = Figure(figsize=(width, height), facecolor='white')
     FigureCanvasAgg(figure)
     return figure
+
+
+def _write_heading(figure, text: str, width: float, height: float) -> None:
+    """In bold at the top, as large as fits into the width in inches."""
+    size = min(12., 105 * width / len(text))
+    figure.text(0.5, 1 - 0.15 / height, text, ha='center', va='top', fontsize=size, color=INK, weight='bold')
 
 
 def _plain_text(figure):
