@@ -1,6 +1,7 @@
 """``browse CONFIG``: what a model is given, after all transforms of the pipeline; PNG and pages, no display needed."""
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ewa3d.checks import check_integer
@@ -8,12 +9,15 @@ from ewa3d.engine.derive import dataset_cfgs
 from ewa3d.gallery import by_source, write_gallery
 from ewa3d.registry import DATASETS
 
-__all__ = ['add_arguments', 'browse', 'run']
+__all__ = ['browse', 'main']
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``browse CONFIG [--split] [--num] [--epoch] [--out] [--ply] [--cfg-options]``."""
-    from ewa3d.cli import _Options
+def main(argv: Sequence[str] | None = None) -> int:
+    """``ewa3d browse CONFIG [--split] [--num] [--epoch] [--out] [--ply] [--cfg-options]``: draw and tell where."""
+    from ewa3d.cli import _Options, load_config
+    parser = argparse.ArgumentParser('ewa3d browse', description='Pictures of what a model is given, after the '
+                                                                 'transforms.')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     parser.add_argument('config')
     parser.add_argument('--split', choices=['train', 'val', 'test'], default='train', help='default: train')
     parser.add_argument('--num', type=int, default=12, help='samples of each data set (12), spread evenly')
@@ -22,11 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--ply', action='store_true', help='write every cloud as a PLY file as well')
     parser.add_argument('--cfg-options', nargs='+', action=_Options, default={}, metavar='k=v',
                         help='override parts of the config')
-
-
-def run(args) -> int:
-    """Draw and tell where."""
-    from ewa3d.cli import load_config
+    args = parser.parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)
     out = args.out or Path('browse') / Path(args.config).stem
     sys.stdout.writelines(f'{path}\n' for path in browse(cfg, out, args.split, args.num, args.epoch, args.ply))

@@ -21,7 +21,7 @@ __all__ = ['main', 'train', 'test', 'fewshot', 'fuse', 'convert', 'load_config']
 EVALUATING = ('LoggerHook', 'LinearSVMHook', 'PartPicturesHook', 'PicturesHook', 'VotingHook')
 MODULES = dict(browse='pictures of what a model is given, after the transforms',
                plot='curves of runs over one another; the confusion matrix of one',
-               report='write report.html of runs anew')  # commands that are modules with add_arguments() and run()
+               report='write report.html of runs anew')  # commands that are modules with a main(argv)
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 
@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         from ewa3d.quickstart import main as quickstart
         return quickstart(argv[1:])
     try:
-        args = _parser(argv).parse_args(argv)
+        if argv and argv[0] in MODULES:
+            return import_module(f'ewa3d.{argv[0]}').main(argv[1:])
+        args = _parser().parse_args(argv)
         return args.command(args)
     except USER_ERRORS as error:
         if '--debug' in argv:
@@ -78,7 +80,7 @@ class _Options(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def _parser(argv: list[str]) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('ewa3d', description='Train, evaluate and fuse point transformers.')
     commands = parser.add_subparsers(required=True, metavar='{train,test,fewshot,fuse,convert,browse,plot,report,'
                                                              'quickstart}')
@@ -147,11 +149,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.set_defaults(command=convert)
 
     for name, text in MODULES.items():
-        command = commands.add_parser(name, parents=[common], help=text)
-        if name in argv[:1]:  # their imports take a while
-            module = import_module(f'ewa3d.{name}')
-            module.add_arguments(command)
-            command.set_defaults(command=module.run)
+        commands.add_parser(name, help=text, add_help=False)
 
     commands.add_parser('quickstart', help='train plain and with EWA on embedded data, fuse, compare', add_help=False)
     return parser

@@ -9,11 +9,14 @@ from ewa3d.charts import confusion_table, line_charts, page
 from ewa3d.files import atomic_write
 from ewa3d.runs import curves_of, read_json, read_metrics, run_names
 
-__all__ = ['add_arguments', 'plot_confusion', 'plot_runs', 'run']
+__all__ = ['main', 'plot_confusion', 'plot_runs']
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``plot RUN_DIR... [--keys ...] [--out FILE] [--confusion]``."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """``ewa3d plot RUN_DIR... [--keys ...] [--out FILE] [--confusion]``: draw and tell where."""
+    parser = argparse.ArgumentParser('ewa3d plot', description='Curves of runs over one another; the confusion matrix '
+                                                               'of one.')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     parser.add_argument('runs', nargs='+', metavar='RUN_DIR', help='work dirs of train')
     parser.add_argument('--keys', nargs='+', metavar='KEY',
                         help="what to show: names in metrics.jsonl or patterns, loss OA 'acc/*' 'spread/*'; by default "
@@ -21,10 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out', type=Path, metavar='FILE',
                         help='*.png, *.svg, *.pdf or *.html (default: curves.png, or confusion.png)')
     parser.add_argument('--confusion', action='store_true', help='the confusion matrix of one run instead of curves')
-
-
-def run(args) -> int:
-    """Draw and tell where."""
+    args = parser.parse_args(argv)
     if args.confusion:
         if len(args.runs) != 1 or args.keys:
             raise ValueError('--confusion draws one run, without --keys')

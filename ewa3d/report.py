@@ -16,20 +16,18 @@ from ewa3d.evaluation import is_of_one_class
 from ewa3d.files import atomic_write
 from ewa3d.runs import NOT_METRICS, curves_of, read_json, read_metrics
 
-__all__ = ['add_arguments', 'run', 'write_report']
+__all__ = ['main', 'write_report']
 
 PICTURE_BYTES = 12_000_000  # of all pictures in a page, the newest first
 MAX_PICTURES = 8
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``report RUN_DIR...``."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """``ewa3d report RUN_DIR...``: write the report of each run anew."""
+    parser = argparse.ArgumentParser('ewa3d report', description='Write report.html of runs anew.')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     parser.add_argument('runs', nargs='+', metavar='RUN_DIR', help='work dirs of train or test')
-
-
-def run(args) -> int:
-    """Write the report of each run anew."""
-    for folder in args.runs:
+    for folder in parser.parse_args(argv).runs:
         sys.stdout.write(f'{write_report(folder)}\n')
     return 0
 
