@@ -25,7 +25,8 @@ class Accuracy(BaseMetric):
     """Classification accuracy in percent: ``OA`` over all samples, ``mAcc`` as the mean over classes, ``acc/<class>``.
 
     Counts go into a confusion matrix (rows: truth); ``mAcc`` is the mean over the classes that occur in the data, and
-    the log says so where some do not. Under DDP the counts are summed over ranks.
+    the log says so where some do not. Under DDP the counts are summed over ranks. After an evaluation its matrix is in
+    ``last_confusion``.
 
     Each sample is a dict (or what ``BaseDataElement.to_dict`` gives) with ``gt_label`` and ``pred_label`` or
     ``pred_scores``.
@@ -44,6 +45,7 @@ class Accuracy(BaseMetric):
         super().__init__(collect_device='cpu', prefix=prefix)
         self.num_classes = num_classes
         self.confusion: Tensor | None = None
+        self.last_confusion: Tensor | None = None
 
     @staticmethod
     def metric_names(classes: Sequence[str] = (), prefix: str | None = None) -> list[str]:
@@ -79,6 +81,7 @@ class Accuracy(BaseMetric):
         if total > size:
             raise ValueError(f'Accuracy: {total} samples were evaluated but the data set has {size}; the sampler '
                              'repeats some: set sampler=dict(type=\'DefaultSampler\', shuffle=False, round_up=False)')
+        self.last_confusion = confusion
         metrics = self.compute_metrics(confusion)
         return {f'{self.prefix}/{k}' if self.prefix else k: v for k, v in metrics.items()}
 

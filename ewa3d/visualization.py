@@ -18,14 +18,15 @@ import torch
 from ewa3d.files import atomic_write
 from ewa3d.registry import nearest
 
-__all__ = ['draw_clouds', 'draw_predictions', 'draw_reconstructions', 'draw_curves', 'draw_confusion', 'part_cells',
-           'write_ply', 'palette']
+__all__ = ['draw_clouds', 'draw_images', 'draw_predictions', 'draw_reconstructions', 'draw_curves',
+           'draw_confusion', 'part_cells', 'write_ply', 'palette']
 
 INK, MUTED = '#23272f', '#8a919c'
 RIGHT, WRONG, PLAIN, MADE, GREY = '#1f8a70', '#d1495b', '#3a6ea5', '#e07b39', '#b9bec6'
 # Twelve colours that stay apart in print and for most colour-blind readers; more labels repeat them.
 PALETTE = ('#3a6ea5', '#e07b39', '#1f8a70', '#d1495b', '#7b5ea7', '#d4a017', '#4aa8c0', '#8c564b', '#6b8e23', '#c770a8',
            '#5b6c8f', '#b35c1e')
+NO_DATE = {'.png': 'Software', '.svg': 'Date', '.pdf': 'CreationDate'}  # suffix → what changes from file to file
 UP_AXES = {'x': (1, 2, 0), 'y': (2, 0, 1), 'z': (0, 1, 2)}  # even permutations: no mirror image
 
 
@@ -78,11 +79,48 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
             figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, title, color=title_colors[i],
                         ha='center', va='top', fontsize=9)
     if heading:
-        figure.text(0.5, 1 - 0.15 / height, heading, ha='center', va='top', fontsize=12, color=INK, weight='bold')
+        _write_heading(figure, heading, width, height)
     for i, (name, color) in enumerate((legend or {}).items()):
         row, column = divmod(i, each)
         figure.text((column + 0.5) / min(each, len(legend)), 1 - (0.2 * row + (0.42 if heading else 0.05)) / height,
                     f'■ {name}', ha='center', va='top', fontsize=9, color=color)
+    return _save(figure, path)
+
+
+def draw_images(images: Sequence, path, *, titles: Sequence[str] | None = None,
+                title_colors: Sequence[str] | None = None, columns: int | None = None, heading: str = '',
+                size: float = 1.8) -> Path:
+    """A grid of images as a PNG; small ones are enlarged with sharp edges.
+
+    Args:
+        images: arrays ``(H, W, 3)`` in [0, 1] or uint8. titles, title_colors, columns, size: as in
+            :func:`draw_clouds`.
+
+    Raises:
+        ValueError: no image, one of another shape or of values out of range, or lists of different lengths.
+    """
+    arrays = [_numpy(image) for image in listed(images, 'images')]
+    for i, array in enumerate(arrays):
+        if array.ndim != 3 or array.shape[2] != 3 or not array.size:
+            raise ValueError(f'images[{i}] has shape {array.shape}; expected (H, W, 3)')
+        if array.dtype != np.uint8 and not ((array >= 0) & (array <= 1)).all():
+            raise ValueError(f'images[{i}] has values outside [0, 1]; expected numbers in [0, 1], or uint8')
+    count = len(arrays)
+    titles, title_colors = per_cloud(titles, count, '', 'titles'), per_cloud(title_colors, count, INK, 'title_colors')
+    columns = min(columns or min(8, math.ceil(math.sqrt(count))), count)
+    rows, top, line = math.ceil(count / columns), 0.45 if heading else 0.08, 0.30 if any(titles) else 0.05
+    width, height = columns * size, rows * (size + line) + top
+    figure = _figure(width, height)
+    for i, array in enumerate(arrays):
+        row, column = divmod(i, columns)
+        bottom = height - top - (row + 1) * (size + line) + line
+        axes = figure.add_axes(((column + 0.03) * size / width, bottom / height, 0.94 * size / width, size / height))
+        axes.imshow(array, interpolation='nearest' if max(array.shape) < 130 * size else 'antialiased')
+        axes.set_axis_off()
+        figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, titles[i], color=title_colors[i],
+                    ha='center', va='top', fontsize=9)
+    if heading:
+        _write_heading(figure, heading, width, height)
     return _save(figure, path)
 
 
@@ -158,8 +196,9 @@ def part_cells(clouds: Sequence, truth: Sequence, predicted: Sequence, names: Se
     return dict(clouds=points, colors=colors, titles=titles, columns=3)
 
 
-def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', heading: str = '') -> Path:
-    """Line plots side by side as a PNG.
+def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', heading: str = '',
+                columns: int = 4) -> Path:
+    """Line plots side by side, so many ``columns`` in a row, as a PNG, SVG or PDF.
 
     Args:
         panels: what the y axis shows → name of a curve → ``y`` values, or a pair ``(x, y)``. Non-finite values leave
@@ -170,9 +209,11 @@ def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', h
     from matplotlib.ticker import MaxNLocator
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     tint = dict(zip(names, (PALETTE[i % len(PALETTE)] for i in range(len(names)))))
-    figure = _figure(4.4 * len(panels), 3.2)
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(4.4 * columns, 3.2 * rows)
     for i, (ylabel, curves) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes = figure.add_subplot(rows, columns, i + 1)
         for name, values in curves.items():
             x, y = _curve(values, f'panels[{ylabel!r}][{name!r}]')
             marker = 'o' if len(x) < 25 else ''
@@ -186,7 +227,7 @@ def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', h
         axes.spines[['top', 'right']].set_visible(False)
         axes.spines[['left', 'bottom']].set_color(MUTED)
         axes.tick_params(colors=MUTED, labelcolor=INK)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize='medium' if len(curves) < 5 else 'x-small')
     if heading:
         figure.suptitle(heading, color=INK, weight='bold')
     _plain_text(figure).tight_layout()
@@ -194,7 +235,10 @@ def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', h
 
 
 def draw_confusion(matrix, classes: Sequence[str], path, *, heading: str = '') -> Path:
-    """A confusion matrix of counts, rows the truth, columns the prediction, shaded by the share of its row, as a PNG.
+    """A confusion matrix of counts, rows the truth, columns the prediction, shaded by the share of its row.
+
+    Args:
+        path: where to, ``*.png``, ``*.svg`` or ``*.pdf``.
 
     Shape:
         - matrix: ``(K, K)`` non-negative counts, with ``K = len(classes)``.
@@ -366,6 +410,12 @@ def _figure(width: float, height: float):
     return figure
 
 
+def _write_heading(figure, text: str, width: float, height: float) -> None:
+    """In bold at the top, as large as fits into the width in inches."""
+    size = min(12., 105 * width / len(text))
+    figure.text(0.5, 1 - 0.15 / height, text, ha='center', va='top', fontsize=size, color=INK, weight='bold')
+
+
 def _plain_text(figure):
     """``figure`` with every text drawn as it is written: a ``$`` in a class name begins no formula."""
     from matplotlib.text import Text
@@ -376,9 +426,9 @@ def _plain_text(figure):
 
 def _save(figure, path) -> Path:
     path = Path(path)
-    if path.suffix.lower() != '.png':
-        raise ValueError(f'{path}: expected a file name that ends in .png')
-    buffer = io.BytesIO()
-    # without the metadata, the same picture has the same bytes
-    _plain_text(figure).savefig(buffer, format='png', dpi=130, metadata={'Software': None})
+    if path.suffix.lower() not in NO_DATE:
+        raise ValueError(f'{path}: expected a file name that ends in {", ".join(NO_DATE)}')
+    buffer, kind = io.BytesIO(), path.suffix.lower()
+    # without the metadata, the same PNG has the same bytes
+    _plain_text(figure).savefig(buffer, format=kind[1:], dpi=130, metadata={NO_DATE[kind]: None})
     return atomic_write(path, buffer.getvalue())

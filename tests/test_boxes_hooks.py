@@ -13,7 +13,7 @@ from torch import nn
 from ewa3d import cli
 from ewa3d.engine.boxes_hooks import BoxPicturesHook
 from ewa3d.engine.checkpoint import read_checkpoint
-from ewa3d.engine.pictures import PicturesHook
+from ewa3d.engine.ranked_pictures import RankedPicturesHook
 from ewa3d.evaluation_boxes import BoxAP
 from ewa3d.structures import Sample
 
@@ -109,7 +109,8 @@ def runner_of(tmp_path, **rules):
     metric.dataset_meta = Rooms.metainfo
     return SimpleNamespace(test_dataloader=SimpleNamespace(dataset=Rooms()), model=Finder(), work_dir=str(tmp_path),
                            test_evaluator=SimpleNamespace(metrics=[metric]),
-                           logger=SimpleNamespace(info=lambda text: None))
+                           logger=SimpleNamespace(info=lambda text: None),
+                           visualizer=SimpleNamespace(_vis_backends={}))
 
 
 def test_chosen_scenes_are_the_best_the_median_and_the_worst(tmp_path):
@@ -129,7 +130,7 @@ def test_chosen_scenes_are_the_best_the_median_and_the_worst(tmp_path):
     assert '■ chair' in text and '■ bed' not in text
 
 
-def test_what_cannot_be_drawn(tmp_path, trained, capsys):
+def test_what_cannot_be_drawn(tmp_path):
     for options, error in ((dict(num_samples=0), ValueError), (dict(num_samples=1.5), TypeError),
                            (dict(threshold=2), ValueError)):
         with pytest.raises(error, match='BoxPicturesHook: ' + next(iter(options))):
@@ -138,10 +139,6 @@ def test_what_cannot_be_drawn(tmp_path, trained, capsys):
     runner.test_evaluator.metrics = [object()]
     with pytest.raises(ValueError, match=r'has no BoxAP.*it has object'):
         BoxPicturesHook().score(runner, Rooms()[0]['data_samples'].to_dict(), None)
-    for call in (PicturesHook().score, PicturesHook().cells):
-        with pytest.raises(NotImplementedError, match='PicturesHook must define'):
+    for call in (RankedPicturesHook().score, RankedPicturesHook().cells):
+        with pytest.raises(NotImplementedError, match='RankedPicturesHook must define'):
             call(*[None] * (3 if call.__name__ == 'score' else 4))
-    config, work = trained
-    command = ['test', str(config), str(work / 'epoch_1.pth'), '--work-dir', str(tmp_path), '--pictures']
-    assert cli.main([*command, '--cfg-options', 'test_evaluator.type=Accuracy']) == 2
-    assert "what PartIoU or BoxAP judges; the test_evaluator is ['Accuracy']" in capsys.readouterr().err

@@ -157,7 +157,8 @@ def test_chosen_shapes_are_the_best_the_median_and_the_worst(tmp_path, known_by)
 
     logger = SimpleNamespace(info=lambda text: None)
     runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=Data()), model=Model(), work_dir=str(tmp_path),
-                             logger=logger, test_evaluator=SimpleNamespace(metrics=[METRICS.build(metric)]))
+                             logger=logger, test_evaluator=SimpleNamespace(metrics=[METRICS.build(metric)]),
+                             visualizer=SimpleNamespace(_vis_backends={}))
     hook = PartPicturesHook()
     hook.before_test_epoch(runner)
     for i in range(5):

@@ -91,7 +91,7 @@ def test_num_classes_follow_the_data(tmp_path):
 def test_work_dir(tmp_path):
     Runner.from_cfg(toy_config(tmp_path, ewa=True, epochs=1)).train()
     assert {p.name for p in tmp_path.iterdir()} == {'config.py', 'environment.json', 'epoch_1.pth', 'last_checkpoint',
-                                                    'metrics.jsonl', 'train.log'}
+                                                    'metrics.jsonl', 'train.log', 'confusion.json', 'report.html'}
     environment = json.loads((tmp_path / 'environment.json').read_text())
     assert environment['seed'] == 0 and environment['versions']['torch']
     meta = read_checkpoint(tmp_path / 'epoch_1.pth')['meta']

@@ -24,6 +24,9 @@ COMMANDS = {  # verb → (module:function, what it does)
     'convert': ('ewa3d.cli.weights:convert', 'official Point-MAE, Point-BERT and 3DETR weights to ours'),
     'data': ('ewa3d.cli.data:main', 'check the data of a config, or prepare them'),
     'bench': ('ewa3d.bench:main', 'compare variants of steps, layers and operators'),
+    'browse': ('ewa3d.browse:main', 'pictures of what a model is given, after the transforms'),
+    'plot': ('ewa3d.plot:main', 'curves of runs over one another; the confusion matrix of one'),
+    'report': ('ewa3d.report:main', 'write report.html of runs anew'),
     'configs': ('ewa3d.cli.configs:main', 'list the configs'),
 }
 

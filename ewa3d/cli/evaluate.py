@@ -12,7 +12,7 @@ from ewa3d.cli.train import leave_group
 __all__ = ['evaluate', 'main']
 
 PICTURES = {'PartIoU': 'PartPicturesHook', 'BoxAP': 'BoxPicturesHook'}  # what draws what a metric judges
-EVALUATING = ('LoggerHook', 'LinearSVMHook', 'VotingHook', *PICTURES.values())  # hooks that a test keeps
+EVALUATING = ('LoggerHook', 'LinearSVMHook', 'PicturesHook', 'VotingHook', *PICTURES.values())  # a test keeps them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help='report beside the plain numbers those of logits averaged over so many (10) passes, each '
                              "drawn and augmented by the config's vote_pipeline, or else as in training")
     parser.add_argument('--pictures', type=int, nargs='?', const=1, metavar='N',
-                        help='pictures/parts.png or boxes.png, and .html, in the work dir: the N (1) best, median and '
-                             'worst shapes of part segmentation, or scenes of detection')
+                        help='pictures/*.png and .html in the work dir: of part segmentation and detection the N (1) '
+                             'best, median and worst samples, else predictions of 8·N, half of them wrong ones')
     return evaluate(parser.parse_args(argv))
 
 
@@ -50,7 +50,7 @@ def evaluate(args) -> int:
     if args.vote is not None:
         keep['vote'] = dict(type='VotingHook', times=args.vote, pipeline=_vote_pipeline(cfg))
     if args.pictures is not None:
-        keep['pictures'] = dict(type=_pictures_hook(cfg), num_samples=args.pictures)
+        keep['pictures'] = _pictures(cfg, args.pictures)
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
         cfg[key] = None
@@ -76,13 +76,13 @@ def evaluate(args) -> int:
     return 0
 
 
-def _pictures_hook(cfg: Config) -> str:
+def _pictures(cfg: Config, count: int) -> dict:
+    """The hook for what the metric judges."""
     metrics = cfg.get('test_evaluator') or []
-    kinds = [metric.get('type') for metric in (metrics if isinstance(metrics, list) else [metrics])]
-    for kind in kinds:
-        if kind in PICTURES:
-            return PICTURES[kind]
-    raise ValueError(f'--pictures draws what {" or ".join(PICTURES)} judges; the test_evaluator is {kinds}')
+    for metric in metrics if isinstance(metrics, list) else [metrics]:
+        if metric.get('type') in PICTURES:
+            return dict(type=PICTURES[metric['type']], num_samples=count)
+    return dict(type='PicturesHook', num_samples=8 * count)
 
 
 def _vote_pipeline(cfg: Config) -> list:

@@ -20,6 +20,7 @@ import torch
 from mmengine.logging import print_log
 
 from ewa3d.ops import fps
+from ewa3d.progress import Progress
 
 __all__ = ['Clouds', 'cached_clouds', 'fps_order', 'prepared_rows']
 
@@ -27,7 +28,6 @@ VERSION = 2
 BATCH = 32  # clouds that are read before they are ordered
 FPS_POINTS = 40_960  # points that are ordered together: what stays in the processor's cache, measured
 THIN = 65_536  # a larger cloud is thinned to so many points at random before it is ordered
-REPORT_SECONDS = 5.0
 WRITING = '.writing-'
 
 
@@ -184,23 +184,19 @@ def fingerprint(files: Iterable[Path], root: Path) -> list:
 def prepare(read: Callable[[], Iterable[np.ndarray]], total: int, max_points: int, fps_ordered: bool,
             name: str) -> Iterator[np.ndarray]:
     """Read, order and cut the clouds, saying how far it is and how long it will take."""
-    start = reported = time.perf_counter()
     batch, done, columns = [], 0, None
-    for cloud in read():
-        if columns is not None and cloud.shape[1] != columns:
-            raise ValueError(f'{name}: cloud {done + len(batch)} has {cloud.shape[1]} columns, the ones before it have '
-                             f'{columns}')
-        columns = cloud.shape[1]
-        batch.append(cloud)
-        if len(batch) < BATCH and done + len(batch) != total:
-            continue
-        yield from (c[:max_points] for c in batch) if fps_ordered else ordered(batch, max_points, done)
-        done, batch = done + len(batch), []
-        now = time.perf_counter()
-        if now - reported > REPORT_SECONDS:
-            reported = now
-            left = (now - start) / done * (total - done)
-            print_log(f'preparing {name}: {done}/{total} clouds, {left:.0f} s left', 'current')
+    with Progress(f'preparing {name}', total) as progress:
+        for cloud in read():
+            if columns is not None and cloud.shape[1] != columns:
+                raise ValueError(f'{name}: cloud {done + len(batch)} has {cloud.shape[1]} columns, the ones before it '
+                                 f'have {columns}')
+            columns = cloud.shape[1]
+            batch.append(cloud)
+            if len(batch) < BATCH and done + len(batch) != total:
+                continue
+            yield from (c[:max_points] for c in batch) if fps_ordered else ordered(batch, max_points, done)
+            done, batch = done + len(batch), []
+            progress.update(done)
     if done != total or batch:
         raise ValueError(f'{name}: {total} clouds are listed, {done + len(batch)} were read')
 

@@ -3,6 +3,7 @@ from ewa3d.engine import (
     averaging,
     boxes_hooks,
     checkpoint,
+    display_hooks,
     dvae_hooks,
     hooks,
     optim,
@@ -15,5 +16,5 @@ from ewa3d.engine import (
     validate,
 )
 
-__all__ = ['averaging', 'boxes_hooks', 'checkpoint', 'dvae_hooks', 'hooks', 'optim', 'params', 'parts_hooks',
-           'pictures', 'pretrain_hooks', 'runner', 'schedules', 'validate']
+__all__ = ['averaging', 'boxes_hooks', 'checkpoint', 'display_hooks', 'dvae_hooks', 'hooks', 'optim', 'params',
+           'parts_hooks', 'pictures', 'pretrain_hooks', 'runner', 'schedules', 'validate']

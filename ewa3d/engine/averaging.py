@@ -15,7 +15,7 @@ from ewa3d.checks import check_integer, is_number
 from ewa3d.engine.schedules import ShareRate
 from ewa3d.layers.stacked import Experts, iter_experts
 
-__all__ = ['ExpertAveraging', 'attach_ewa', 'average_', 'largest_share_rate']
+__all__ = ['ExpertAveraging', 'attach_ewa', 'average_', 'expert_spread', 'largest_share_rate']
 
 logger = logging.getLogger('ewa3d')
 _attached: 'weakref.WeakKeyDictionary[Optimizer, list]' = weakref.WeakKeyDictionary()
@@ -84,6 +84,30 @@ def _tensors(experts) -> Iterable[Tensor]:
     else:
         for item in experts:
             yield from _tensors(item)
+
+
+@torch.no_grad()
+def expert_spread(model: nn.Module) -> dict[str, float]:
+    """How far apart the experts are, by layer: the root mean square over experts of ‖W_i − W̄‖, over ‖W̄‖.
+
+    W are all parameters of a layer that its experts do not share; residual experts are taken with their core. 0 are
+    equal experts. Reads the device once.
+
+    Returns:
+        name of the module → spread; empty where there are no experts.
+    """
+    names, ratios = [], []
+    for name, module in iter_experts(model):
+        apart = size = 0.
+        for key, parameter in module.body().named_parameters():
+            stacked = module.stacked(key, parameter)
+            if stacked is not None:
+                variance, mean = torch.var_mean(stacked.float(), 0, correction=0)
+                apart, size = apart + variance.sum(), size + mean.square().sum()
+        if isinstance(apart, Tensor):
+            names.append(name)
+            ratios.append((apart / size.clamp(min=1e-30)).sqrt())
+    return dict(zip(names, torch.stack(ratios).tolist())) if ratios else {}
 
 
 def attach_ewa(optimizer: Optimizer, model: nn.Module, share_rate: float = 0.3,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ewa3d.checks import check_number
-from ewa3d.engine.pictures import PicturesHook
+from ewa3d.engine.ranked_pictures import RankedPicturesHook
 from ewa3d.evaluation_boxes import BoxAP, kept_boxes
 from ewa3d.registry import HOOKS
 
@@ -12,7 +12,7 @@ __all__ = ['BoxPicturesHook']
 
 
 @HOOKS.register_module()
-class BoxPicturesHook(PicturesHook):
+class BoxPicturesHook(RankedPicturesHook):
     """``pictures/boxes.png`` and ``pictures/boxes.html``: scenes with their true boxes, and with those that the model
     is surer of than ``threshold``, after the suppression of the run's :class:`~ewa3d.evaluation_boxes.BoxAP`.
 
@@ -20,7 +20,7 @@ class BoxPicturesHook(PicturesHook):
     boxes are left out.
 
     Args:
-        num_samples: see :class:`PicturesHook`.
+        num_samples: see :class:`RankedPicturesHook`.
         threshold: of objectness.
 
     Raises:

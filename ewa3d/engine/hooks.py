@@ -22,7 +22,8 @@ from mmengine.hooks import LoggerHook as _LoggerHook
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ewa3d.engine.averaging import attach_ewa
+from ewa3d.checks import check_integer
+from ewa3d.engine.averaging import attach_ewa, expert_spread
 from ewa3d.evaluation import is_of_one_class
 from ewa3d.files import atomic_write
 from ewa3d.registry import HOOKS, nearest
@@ -46,16 +47,21 @@ class EWAHook(Hook):
     The averaging is :func:`ewa3d.attach_ewa`'s; this hook tells it where the run stands, in optimizer steps, before
     each iteration. It runs before a model EMA and before checkpoints are written.
 
+    The share rate and, now and then, how far apart the experts of each layer are (:func:`~ewa3d.engine.averaging.
+    expert_spread`, just after the averaging) go into ``metrics.jsonl`` and to the visualizer.
+
     Args:
+        log_interval: the spread is taken every so many iterations, and at the end of every epoch.
         **kwargs: ``share_rate``, ``schedule``, ``begin``, ``end``, ``every``, ``average_moments`` of ``attach_ewa``.
 
     Raises:
-        ValueError: the model has no experts, or the optimizer does not hold them.
+        TypeError, ValueError: the model has no experts, the optimizer does not hold them, or a number is out of range.
     """
     priority = 'ABOVE_NORMAL'
 
     def __init__(self, share_rate: float = 0.3, schedule='linear', begin: float = 0.0, end: float = 1.0, every: int = 1,
-                 average_moments: bool = False):
+                 average_moments: bool = False, log_interval: int = 50):
+        self.log_interval = check_integer('EWAHook: log_interval', log_interval, 1)
         self.settings = dict(share_rate=share_rate, schedule=schedule, begin=begin, end=end, every=every,
                              average_moments=average_moments)
         self.handle, self.rate = None, 0.0
@@ -72,6 +78,10 @@ class EWAHook(Hook):
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         runner.message_hub.update_scalar('train/share_rate', float(self.rate))
+        if self.every_n_train_iters(runner, self.log_interval) or self.end_of_epoch(runner.train_dataloader, batch_idx):
+            spread = {f'spread/{name}': value for name, value in expert_spread(unwrapped(runner.model)).items()}
+            runner.message_hub.update_scalars(spread)  # no part of the console's line: one number a layer
+            runner.visualizer.add_scalars(spread, step=runner.iter + 1)
 
     def after_train(self, runner) -> None:
         self._detach()
@@ -200,8 +210,9 @@ class MetricsHook(Hook):
     """``metrics.jsonl`` in the work dir: one line per training epoch, one per evaluation.
 
     ``{"mode": "train", "epoch": 1, "iter": 124, "lr": …, "loss": …, "share_rate": …, "time": …}`` has the means of the
-    losses over the epoch, the last learning rate and share rate, and seconds; ``"val"`` and ``"test"`` lines have the
-    metrics. A resumed run first drops the lines that it is about to write again.
+    losses over the epoch, the last learning rate, share rate and spread of the experts (``"spread/LAYER"``), and
+    seconds; ``"val"`` and ``"test"`` lines have the metrics. A resumed run first drops the lines that it is about to
+    write again.
     """
     priority = 'BELOW_NORMAL'
     LAST = ('lr', 'base_lr', 'share_rate', 'temperature', 'kl_weight')
@@ -223,7 +234,9 @@ class MetricsHook(Hook):
         for name, history in runner.message_hub.log_scalars.items():
             mode, _, key = name.partition('/')
             new = len(history.data[0]) - self._lengths.get(name, 0)  # not the same for all: norms come once a step
-            if mode == 'train' and key not in ('time', 'data_time') and new:
+            if mode == 'spread' and new:
+                line[name] = float(history.current())
+            elif mode == 'train' and key not in ('time', 'data_time') and new:
                 line[key] = float(history.current() if key in self.LAST else history.mean(new))
         self._write(runner, 'train', runner.epoch + 1, line, time.perf_counter() - self._started)
 

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.engine.hooks import unwrapped
-from ewa3d.engine.pictures import PicturesHook
+from ewa3d.engine.ranked_pictures import RankedPicturesHook
 from ewa3d.evaluation_parts import PartIoU, predicted_parts, shape_iou
 from ewa3d.registry import HOOKS
 
@@ -43,12 +43,12 @@ class BatchNormMomentumHook(Hook):
 
 
 @HOOKS.register_module()
-class PartPicturesHook(PicturesHook):
+class PartPicturesHook(RankedPicturesHook):
     """``pictures/parts.png`` and ``pictures/parts.html``: shapes, sorted by their IoU, each with its true parts, the
     predicted ones and the errors.
 
     Args:
-        num_samples: see :class:`~ewa3d.engine.pictures.PicturesHook`.
+        num_samples: see :class:`~ewa3d.engine.ranked_pictures.RankedPicturesHook`.
 
     Raises:
         TypeError, ValueError: a number out of range. KeyError: predictions without ``part_scores``, or a data set whose

@@ -1,85 +1,84 @@
-"""Pictures after a test: the best, the median and the worst samples."""
-from collections.abc import Mapping, Sequence
+"""Pictures of what a model predicts, of any task, after a test and while training."""
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
-import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.hooks import Hook
-from torch import Tensor
 
 from ewa3d.checks import check_integer
 from ewa3d.engine.hooks import unwrapped
+from ewa3d.engine.pretrain_hooks import predict, show_picture
+from ewa3d.gallery import by_source, write_gallery
+from ewa3d.registry import HOOKS
 
 __all__ = ['PicturesHook']
 
 
+@HOOKS.register_module()
 class PicturesHook(Hook):
-    """After a test, ``pictures/NAME.png`` and, to be turned in a browser, ``pictures/NAME.html`` in the work dir: the
-    best, the median and the worst samples.
+    """``pictures/`` in the work dir: what the model predicts of samples of the evaluated data.
 
-    Only the score of every sample is kept meanwhile; the chosen ones are predicted once more. A subclass says what is
-    scored (:meth:`score`) and what is drawn (:meth:`cells`).
+    After a test ``predictions.png`` and ``.html`` (of several data sets, ``predictions_NAME``): classes below clouds,
+    images and clips, half of them wrong ones where there are; parts; boxes beside the true ones; reconstructions. While
+    training, ``val_epoch_N.png`` of the same samples every time. All go to the visualizer as well, so to TensorBoard
+    where the config asks for it. For the best and the worst parts and boxes, see ``PartPicturesHook`` and
+    ``BoxPicturesHook``.
 
     Args:
-        num_samples: so many of the best, of those around the median, and of the worst.
+        num_samples: of each data set.
+        interval: draw after the validation of every so many epochs; ``None`` draws after tests only.
+        ply: write the clouds, coloured, as PLY files as well.
 
     Raises:
         TypeError, ValueError: a number out of range.
     """
     priority = 'LOW'
-    name: ClassVar[str]
-    measure: ClassVar[str]
-    options: ClassVar[dict] = {}  # of the PNG
 
-    def __init__(self, num_samples: int = 1):
-        self.num_samples = check_integer(f'{type(self).__name__}: num_samples', num_samples, 1)
-        self._start()
-
-    def _start(self) -> None:
-        self._seen, self._scored = 0, []
-
-    def score(self, runner, sample: Mapping, points: Tensor | None) -> float | None:
-        """What a predicted sample is worth, in percent; ``None``: it is not drawn."""
-        raise NotImplementedError(f'{type(self).__name__} must define score()')
-
-    def cells(self, runner, clouds: Sequence[Tensor], samples: Sequence[Mapping], names: Sequence[str]) -> dict:
-        """Keywords for :func:`ewa3d.visualization.draw_clouds` and :func:`ewa3d.viewer.write_html`."""
-        raise NotImplementedError(f'{type(self).__name__} must define cells()')
+    def __init__(self, num_samples: int = 8, interval: int | None = None, ply: bool = False):
+        self.num_samples = check_integer('PicturesHook: num_samples', num_samples, 1)
+        self.interval = None if interval is None else check_integer('PicturesHook: interval', interval, 1)
+        self.ply = ply
+        self._seen, self._wrong = 0, []
 
     def before_test_epoch(self, runner) -> None:
-        self._start()
+        self._seen, self._wrong = 0, []
 
     def after_test_iter(self, runner, batch_idx: int, data_batch=None, outputs: Sequence | None = None) -> None:
-        clouds = ((data_batch or {}).get('inputs') or {}).get('points')
-        for i, sample in enumerate(outputs or ()):
-            place = get_rank() + get_world_size() * self._seen  # as the sampler deals them out
+        for sample in outputs or ():
+            if 'pred_label' in sample and 'gt_label' in sample and int(sample.pred_label) != int(sample.gt_label):
+                self._wrong.append(get_rank() + get_world_size() * self._seen)  # as the sampler deals them out
             self._seen += 1
-            score = self.score(runner, sample.to_dict(), None if clouds is None else clouds[i])
-            if score is not None:
-                self._scored.append((score, place))
 
     def after_test_epoch(self, runner, metrics: dict | None = None) -> None:
-        scored = [pair for pairs in all_gather_object(self._scored) for pair in pairs]
-        if is_main_process() and scored:
-            self.draw(runner, sorted(scored, reverse=True), Path(runner.work_dir) / 'pictures')
+        wrong = sorted(place for places in all_gather_object(self._wrong) for place in places)
+        if is_main_process():
+            self.draw(runner, runner.test_dataloader.dataset, 'predictions', wrong)
 
-    def draw(self, runner, scored: Sequence[tuple[float, int]], folder: Path) -> None:
-        """Write both files for samples ``(score, place in the data set)``, the best first."""
-        from ewa3d.viewer import write_html
-        from ewa3d.visualization import draw_clouds
-        dataset, count = runner.test_dataloader.dataset, min(self.num_samples, len(scored))
-        first = (len(scored) - count) // 2
-        chosen = {'best': scored[:count], 'median': scored[first:first + count], 'worst': scored[-count:]}
-        rows = [(which, *row) for which, some in chosen.items() for row in some]
-        batch = pseudo_collate([dataset[place] for *_, place in rows])
-        with torch.no_grad():
-            samples = unwrapped(runner.model).test_step(batch)
-        names = [f'{which}, {self.measure} {score:.1f}: {sample.get("name", place)}'
-                 for (which, score, place), sample in zip(rows, samples)]
-        cells = self.cells(runner, batch['inputs']['points'], [sample.to_dict() for sample in samples], names)
-        cells['up'] = (dataset.metainfo or {}).get('up_axis') or 'z'
-        png = draw_clouds(path=folder / f'{self.name}.png', **cells, **self.options)
-        page = write_html(path=folder / f'{self.name}.html', **cells)
-        runner.logger.info(f'pictures: {png}, {page}')
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        if self.interval and runner.epoch % self.interval == 0 and is_main_process():
+            self.draw(runner, runner.val_dataloader.dataset, f'val_epoch_{runner.epoch}')
+
+    def draw(self, runner, dataset, name: str, wrong: Sequence[int] = ()) -> list[Path]:
+        """Write the pictures of samples spread evenly over a data set, half of them of ``wrong`` (of a single one)."""
+        written = []
+        for source, data, places in by_source(dataset, self.num_samples):
+            if wrong and not source:
+                count = min(max(len(places) // 2, 1), len(wrong))
+                missed = [wrong[i * len(wrong) // count] for i in range(count)]
+                others = [place for place in places if place not in missed]
+                places = [*missed, *others[:len(places) - count]]
+            items = [data[place] for place in places]
+            if source:
+                for item in items:
+                    item['data_samples'].set_metainfo(dict(source=source))
+            batch = pseudo_collate(items)
+            samples = predict(unwrapped(runner.model), batch)
+            items = [dict(inputs=item['inputs'], data_samples=sample) for item, sample in zip(items, samples)]
+            stem = Path(runner.work_dir) / 'pictures' / f'{name}{f"_{source}" if source else ""}'
+            heading = f'{source or type(data).__name__}: {name.replace("_", " ")}'
+            written += write_gallery(items, data, stem, heading, predicted=True, ply=self.ply)
+            tag = name.partition('_epoch')[0]
+            show_picture(runner, f'{tag}/{source}' if source else tag, stem.with_name(f'{stem.name}.png'))
+        runner.logger.info(f'pictures: {", ".join(map(str, written))}')
+        return written

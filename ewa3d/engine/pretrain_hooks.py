@@ -10,7 +10,7 @@ from ewa3d.checks import check_integer
 from ewa3d.engine.hooks import get_rng_state, set_rng_state, unwrapped
 from ewa3d.registry import HOOKS
 
-__all__ = ['ReconstructionHook']
+__all__ = ['ReconstructionHook', 'predict', 'show_picture']
 
 
 @HOOKS.register_module()
@@ -38,7 +38,8 @@ class ReconstructionHook(Hook):
 
     def after_train_epoch(self, runner) -> None:
         if is_main_process() and (self.every_n_epochs(runner, self.interval) or self.is_last_train_epoch(runner)):
-            self.draw(runner, Path(runner.work_dir) / 'pictures' / f'epoch_{runner.epoch + 1}.png')
+            path = self.draw(runner, Path(runner.work_dir) / 'pictures' / f'epoch_{runner.epoch + 1}.png')
+            show_picture(runner, 'reconstructions', path)
 
     def draw(self, runner, path: Path) -> Path:
         """Write the picture of the model as it is now."""
@@ -47,7 +48,7 @@ class ReconstructionHook(Hook):
         dataset = loader.dataset
         count = min(self.num_clouds, len(dataset))
         batch = pseudo_collate([dataset[i * len(dataset) // count] for i in range(count)])
-        clouds, samples = batch['inputs']['points'], _predict(unwrapped(runner.model), batch, self.seed)
+        clouds, samples = batch['inputs']['points'], predict(unwrapped(runner.model), batch, self.seed)
         if 'pred_points' not in samples[0]:
             raise ValueError(f'ReconstructionHook: {type(unwrapped(runner.model)).__name__} predicts no pred_points, '
                              f'but {sorted(samples[0].keys())}')
@@ -59,8 +60,15 @@ class ReconstructionHook(Hook):
                                     heading=f'epoch {runner.epoch + 1}')
 
 
+def show_picture(runner, tag: str, path: Path | None) -> None:
+    """Hand a picture to the visualizer, where it has back ends (TensorBoard)."""
+    if path is not None and runner.visualizer._vis_backends:
+        from matplotlib.image import imread
+        runner.visualizer.add_image(tag, (imread(path)[..., :3] * 255).round().astype('uint8'), step=runner.iter)
+
+
 @torch.no_grad()
-def _predict(model, batch: dict, seed: int) -> list:
+def predict(model, batch: dict, seed: int = 0) -> list:
     """The model's predictions in eval mode with masks of ``seed``; mode and random generators are put back."""
     training, state = model.training, get_rng_state()
     try:

@@ -1,11 +1,18 @@
-"""What the log says about a whole run: what is trained, how its result is chosen, and the result."""
+"""What the log says about a whole run: what is trained, how its result is chosen, the result, and where its files are.
+"""
+from datetime import timedelta
+from pathlib import Path
+
 from mmengine.runner import EpochBasedTrainLoop
 
+from ewa3d.engine.display_hooks import ProgressHook
 from ewa3d.engine.hooks import EWAHook, unwrapped
 from ewa3d.evaluation import is_of_one_class
 from ewa3d.layers.experts import iter_experts
 
-__all__ = ['log_result', 'log_start']
+__all__ = ['close_displays', 'log_end', 'log_result', 'log_start']
+
+FILES = ('report.html', 'metrics.jsonl', 'pictures')
 
 
 def log_start(runner) -> None:
@@ -37,3 +44,18 @@ def log_result(runner) -> None:
         epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
         where = f'epoch ({runner.epoch})' if epochs else f'iteration ({runner.iter})'
         runner.logger.info(f'reported: last {where}: {result}')
+
+
+def log_end(runner, what: str, seconds: float) -> None:
+    """How long it took and where the files are."""
+    folder = Path(runner.work_dir)
+    last = runner.message_hub.runtime_info.get('last_ckpt') if runner._train_loop is not None else None
+    files = [name for name in FILES if (folder / name).exists()] + ([Path(last).name] if last else [])
+    runner.logger.info(f'{what} took {timedelta(seconds=round(seconds))}; in {folder}: {", ".join(files)}')
+
+
+def close_displays(runner) -> None:
+    """Leave no live bar behind, whatever ended the run."""
+    for hook in runner.hooks:
+        if isinstance(hook, ProgressHook):
+            hook.close()

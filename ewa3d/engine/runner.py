@@ -1,7 +1,7 @@
 """The Runner: mmengine's, with checked configs, safe checkpoints, exact resume and everything at one work-dir root.
 
 A work dir holds ``config.py`` (resolved: it trains the same again), ``environment.json``, ``train.log``,
-``metrics.jsonl``, ``epoch_N.pth``, ``best_*.pth`` and ``last_checkpoint``.
+``metrics.jsonl``, ``epoch_N.pth``, ``best_*.pth``, ``last_checkpoint``, ``confusion.json`` and ``report.html``.
 """
 import copy
 import itertools
@@ -28,7 +28,7 @@ from ewa3d.engine.hooks import unwrapped
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.plain import to_plain
-from ewa3d.engine.reporting import log_result, log_start
+from ewa3d.engine.reporting import close_displays, log_end, log_result, log_start
 from ewa3d.engine.validate import check_config
 from ewa3d.files import atomic_write
 from ewa3d.models.build import without_pretrained
@@ -134,6 +134,7 @@ class Runner(_Runner):
         """mmengine's and ours, whatever the config lists; a name set to ``None`` leaves that hook out."""
         defaults = dict(rng=dict(type='RNGStateHook'), dataset_epoch=dict(type='DatasetEpochHook'),
                         metrics=dict(type='MetricsHook'), logger=dict(type='LoggerHook'),
+                        progress=dict(type='ProgressHook'), report=dict(type='ReportHook'),
                         checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3))
         if self.distributed:
             defaults['sync_buffers'] = dict(type='SyncBuffersHook')
@@ -218,21 +219,28 @@ class Runner(_Runner):
 
     def train(self) -> nn.Module:
         log_start(self)
+        start = time.perf_counter()
         try:
             model = super().train()
             if self._val_loop is None and self._test_loop is not None:
                 self._test_loop = self.build_test_loop(self._test_loop)
                 self.last_metrics = self.test_loop.run()
         finally:
+            close_displays(self)
             self._release_workers()
         log_result(self)
+        log_end(self, 'training', time.perf_counter() - start)
         return model
 
     def test(self) -> dict:
+        start = time.perf_counter()
         try:
-            return super().test()
+            metrics = super().test()
         finally:
+            close_displays(self)
             self._release_workers()
+        log_end(self, 'test', time.perf_counter() - start)
+        return metrics
 
     def _release_workers(self) -> None:
         """End persistent data workers now; left to the garbage collector, they can stall what follows for 30 s."""
