@@ -1,5 +1,8 @@
 """Configs by name, and the table of commands."""
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -141,3 +144,9 @@ def test_one_version():
     assert re.search(r'^## (\d+\.\d+\.\d+)', changelog, re.MULTILINE)[1] == version
     assert f'\nversion: {version}\n' in (REPO / 'CITATION.cff').read_text(encoding='utf-8')
     assert (REPO / 'ewa3d' / 'py.typed').is_file()
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, '-m', 'ewa3d', 'configs', '*shapenetpart-16'], capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ['part_seg/point-mae_xs_scratch_shapenetpart-16'])
