@@ -147,6 +147,7 @@ def test_one_version():
 
 
 def test_the_package_is_the_command():
-    done = subprocess.run([sys.executable, '-m', 'ewa3d', 'configs', '*shapenetpart-16'], capture_output=True, text=True,
-                          env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}, check=False)
+    command = [sys.executable, '-m', 'ewa3d', 'configs', '*shapenetpart-16']
+    done = subprocess.run(command, capture_output=True, text=True, check=False,
+                          env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])})
     assert (done.returncode, done.stdout.split()) == (0, ['part_seg/point-mae_xs_scratch_shapenetpart-16'])
