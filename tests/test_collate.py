@@ -16,8 +16,9 @@ from ewa3d.structures import Sample
 
 def sample(i: int, points: int = 200) -> dict:
     cloud = torch.full((points, 3), float(i)) + torch.arange(points)[:, None]
-    meta = Sample(metainfo=dict(name=f'cloud {i}', index=i), gt_label=torch.tensor(i), gt_parts=torch.arange(points) + i,
-                  gt_boxes=torch.zeros(i % 3, 7), masked=torch.ones(3000, dtype=torch.bool))
+    meta = Sample(metainfo=dict(name=f'cloud {i}', index=i), gt_label=torch.tensor(i),
+                  gt_parts=torch.arange(points) + i, gt_boxes=torch.zeros(i % 3, 7),
+                  masked=torch.ones(3000, dtype=torch.bool))
     return dict(inputs=dict(points=cloud, category=torch.tensor(i)), data_samples=meta)
 
 
@@ -63,10 +64,11 @@ def test_large_tensors_travel_in_one_piece_and_small_ones_with_the_rest():
 
 
 @pytest.mark.parametrize('value', [
-    torch.randn(2000).bfloat16(), torch.randn(3).bfloat16(), torch.randn(20, 40).T, torch.randn(2000, requires_grad=True),
-    torch.eye(3).to_sparse(), torch.randn(2000, dtype=torch.complex64), torch.nn.Parameter(torch.ones(2)),
+    torch.randn(2000).bfloat16(), torch.randn(3).bfloat16(), torch.randn(20, 40).T,
+    torch.randn(2000, requires_grad=True), torch.eye(3).to_sparse(), torch.randn(2000, dtype=torch.complex64),
+    torch.nn.Parameter(torch.ones(2)),
     torch.tensor(1.5, dtype=torch.float16), torch.zeros(0, 7), torch.randn(1, 5).expand(400, 5), 'text', 3, None,
-    np.arange(3)], ids=lambda value: getattr(value, 'dtype', type(value)).__str__()[:20])
+    np.arange(3)], ids=lambda value: str(getattr(value, 'dtype', type(value).__name__)))
 def test_any_content_arrives(value):
     arrived = pickle.loads(ForkingPickler.dumps(Batch(a=[value], b=value)))
     for got in (arrived['a'][0], arrived['b']):
@@ -97,7 +99,7 @@ def test_batches_that_are_no_dicts_stay_as_they_are():
 
 def test_the_runner_takes_it_unless_told_otherwise(tmp_path):
     cfg = dict(batch_size=2, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dict(
-        type='SyntheticShapes', num_samples=4, num_points=32, pipeline=[dict(type='Pack')]))
+        type='ewa3d.SyntheticShapes', num_samples=4, num_points=32, pipeline=[dict(type='Pack')]))
     assert isinstance(next(iter(Runner.build_dataloader(cfg))), Batch)
     plain = Runner.build_dataloader(dict(cfg, collate_fn=dict(type='pseudo_collate')))
     assert type(next(iter(plain))) is dict and 'collate_fn' not in cfg
