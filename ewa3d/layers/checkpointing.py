@@ -18,8 +18,9 @@ def checkpointed(module: nn.Module, *args, **kwargs):
     """
     if not torch.is_grad_enabled():
         return module(*args, **kwargs)
-    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=True,
-                      context_fn=lambda: (nullcontext(), _unmoved(module)), **kwargs)
+    # a compiled graph is told what to compute again and moves buffers once; it takes no contexts of Python
+    options = {} if torch.compiler.is_compiling() else dict(context_fn=lambda: (nullcontext(), _unmoved(module)))
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=True, **options, **kwargs)
 
 
 @contextmanager
