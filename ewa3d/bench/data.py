@@ -1,7 +1,7 @@
 """Data loaders: samples a second by workers, from files that are made for it."""
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +63,9 @@ def scenes(folder: Path, count: int, points: int, kept: int, seed: int = 0) -> D
     """ScanNet's scenes, read from their files: cut, flipped, turned, scaled."""
     from ewa3d.datasets import ScanNetDetection
     rng, names = np.random.default_rng(seed), [f'scene{i:04d}_00' for i in range(count)]
+    extent = np.array([7, 5, 2.5, 255, 255, 255], np.float32)
     for name in names:
-        np.save(folder / f'{name}_vert.npy', rng.uniform(0, 1, (points, 6)).astype(np.float32) * (7, 5, 2.5, 1, 1, 1))
+        np.save(folder / f'{name}_vert.npy', rng.random((points, 6), dtype=np.float32) * extent)
         boxes = np.concatenate([rng.uniform(1, 5, (12, 3)), rng.uniform(0.5, 1, (12, 3)), np.full((12, 1), 5.)], 1)
         np.save(folder / f'{name}_bbox.npy', boxes)
     (folder / 'scannetv2_train.txt').write_text('\n'.join(names))
@@ -86,7 +87,7 @@ def images(folder: Path, count: int, side: int, kept: int, seed: int = 0) -> Dat
         target.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
         coarse.resize((side, side), Image.Resampling.BICUBIC).save(target, quality=90)
-    transforms: Sequence[dict] = [dict(name='RandomResizedCrop', size=kept), dict(name='RandomHorizontalFlip')]
+    transforms = [dict(name='RandomResizedCrop', size=kept), dict(name='RandomHorizontalFlip')]
     pipeline = [dict(type='ImageTransforms', transforms=transforms),
                 dict(type='PackImage', mean=[0.5] * 3, std=[0.5] * 3)]
     return ImageFolder(folder, split='train', pipeline=pipeline)
