@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ewa3d.bench import SUITES, Case, Settings, harness, main, measure, report
+from ewa3d.bench import SUITES, Case, Settings, Work, harness, latency, main, measure, report, step
 from ewa3d.bench.ops import ball_query_topk, chamfer_cdist, fps_mask_assign, knn_cdist, knn_centred_product
 from ewa3d.bench.parts import interpolate_gather
 from ewa3d.bench.pretrain import QUICK, NaivePointMAE, autoencoder
+from ewa3d.bench.published import NaiveClassifier, scale_and_translate
 from ewa3d.models.weights import rename
 
 REPO = Path(__file__).resolve().parents[1]
@@ -119,7 +120,7 @@ def test_quick_suite_runs_and_writes_its_numbers(suite, tmp_path, capsys):
     assert result['rows'] and all(row['suite'] == suite and len(row['seconds']) == 2 for row in result['rows'])
     assert all(f'| {row["variant"]} |' in table for row in result['rows'])
     cases = {row['case'] for row in result['rows']}
-    assert suite == 'ops' or {case.rsplit(', ', 1)[1] for case in cases} == {'fp32', 'bf16'}
+    assert suite in ('ops', 'data') or {case.rsplit(', ', 1)[1] for case in cases} == {'fp32', 'bf16'}
 
 
 def test_the_script_lists_its_suites():
@@ -182,3 +183,70 @@ def test_the_naive_point_mae_computes_the_same_thing(training):
     for name, buffer in naive.named_buffers():
         torch.testing.assert_close(buffers[name], buffer, msg=name)
     assert naive._mask(5, 10).sum(1).tolist() == [6] * 5
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_published_classifier_computes_the_same_thing(training):
+    """Loss, gradients and batch statistics of the fine-tuning step, on the same weights and clouds."""
+    size = dict(step.QUICK, depth=3)
+    ours = step.classifier(size, drop_path=0., dropout=0.).double().train(training)
+    naive = NaiveClassifier(ours, size, drop_path=0.).double().train(training)
+    points, labels = torch.randn(4, size['points'], 3, dtype=torch.float64), torch.arange(4)
+    losses = [torch.nn.functional.cross_entropy(model(x), labels)
+              for model, x in ((ours, dict(points=points)), (naive, points))]
+    torch.testing.assert_close(*losses)
+    grads = []
+    for model, loss in zip((ours, naive), losses):
+        loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    renamed = rename(grads[0], 'point_mae', reverse=True)
+    assert set(renamed) == set(grads[1])
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(renamed[name], grad, msg=name)
+    buffers = rename(dict(ours.named_buffers()), 'point_mae', reverse=True)
+    for name, buffer in naive.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, msg=name)
+
+
+def test_the_published_augmentation_scales_and_shifts_every_cloud():
+    points = torch.randn(3, 20, 3, dtype=torch.float64)
+    moved = scale_and_translate(points.clone())
+    for before, after in zip(points, moved):
+        factor = (after[1:] - after[0]) / (before[1:] - before[0])
+        torch.testing.assert_close(factor, factor[:1].expand_as(factor))
+        assert factor.min() > 0.66 and factor.max() < 1.51
+        assert (after - before * factor[0]).abs().max() < 0.21
+
+
+def test_facts_and_items_are_columns(clock):
+    def slow():
+        clock['now'] += 2.
+
+    rows = measure(Case('case', {'a': lambda: slow, 'b': lambda: Work(slow, {'parameters': 12345, 'share': 0.5}, 10)}),
+                   Settings(repeat=2))
+    summary = rows[1].summary()
+    assert summary['items_per_s'] == 5 and summary['facts'] == {'parameters': 12345, 'share': 0.5}
+    assert 'facts' not in rows[0].summary() and 'items_per_s' not in rows[0].summary()
+    head, _, first, second = harness.table(rows).splitlines()
+    assert head.endswith('| items / s | parameters | share |') and second.endswith('| 5 | 12,345 | 0.5 |')
+    assert first.count('|') == second.count('|') == head.count('|')
+
+
+def test_the_clock_may_be_the_processor_time_of_the_process(monkeypatch):
+    state = {'now': 0.}
+    monkeypatch.setattr(harness.time, 'process_time', lambda: state['now'])
+    rows = measure(Case('case', {'a': lambda: lambda: state.update(now=state['now'] + 3.)}),
+                   Settings(repeat=2, clock='cpu'))
+    assert rows[0].seconds == [3., 3.]
+
+
+def test_flops_of_fused_models():
+    """Two operations a product and sum; a fused model of EWA costs what the plain one does, RePaViT's less."""
+    assert latency.flops(torch.nn.Linear(4, 5), torch.randn(3, 4)) == 2 * 3 * 4 * 5
+    builds = latency._forward(Settings(quick=True), 'fp32', latency._clouds(step.QUICK, 1, ''), 'backbone.', [])
+    facts = {name: latency._forward(Settings(), 'fp32', latency._clouds(step.QUICK, 1, name), 'backbone.',
+                                    latency.RULES[name])().facts for name in ('EWA, fused', 'RePaViT, idle 0.5, fused')}
+    plain = builds().facts
+    assert plain['FLOPs / plain'] == facts['EWA, fused']['FLOPs / plain'] == 1
+    assert facts['RePaViT, idle 0.5, fused']['FLOPs / plain'] < 1
+    assert facts['EWA, fused']['parameters'] == plain['parameters'] < facts['EWA, fused']['parameters, training']

@@ -15,9 +15,12 @@ import torch
 
 from ewa3d.engine.environment import describe_hardware, versions
 
-__all__ = ['Settings', 'Case', 'Row', 'measure', 'table', 'report', 'DTYPES']
+__all__ = ['Settings', 'Case', 'Row', 'Work', 'measure', 'table', 'report', 'CLOCKS', 'DTYPES']
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
+# On a busy machine the processor time of this process tells more than the time that passes; what other processes work
+# for it, such as those of a data loader, is not in it.
+CLOCKS = {'wall': lambda: time.perf_counter(), 'cpu': lambda: time.process_time()}
 MIN_SECONDS = 0.02  # work shorter than this is repeated within one timing
 
 
@@ -30,6 +33,7 @@ class Settings:
     repeat: int = 15
     quick: bool = False
     seed: int = 0
+    clock: str = 'wall'
 
     def autocast(self, dtype: str):
         """The context in which a variant of ``dtype`` (a key of ``DTYPES``) runs; fp32 is autocast switched off."""
@@ -40,8 +44,8 @@ class Settings:
 class Case:
     """Variants of one piece of work, the first being the baseline: name → a function that builds the timed function.
 
-    Building is not timed. The order of ``variants`` is the order of the table's rows. ``memory`` asks for the peak of
-    what one call allocates, too.
+    Building is not timed; what is built may be a :class:`Work`. The order of ``variants`` is the order of the table's
+    rows. ``memory`` asks for the peak of what one call allocates, too.
     """
     name: str
     variants: dict[str, Callable[[], Callable[[], object]]]
@@ -53,6 +57,18 @@ class Case:
 
 
 @dataclass
+class Work:
+    """A function to be timed and what else is known of it: columns ``facts`` of the table, and how many ``items`` a
+    call works through, of which the table shows the number a second."""
+    function: Callable[[], object]
+    facts: dict[str, float] = field(default_factory=dict)
+    items: int = 0
+
+    def __call__(self):
+        return self.function()
+
+
+@dataclass
 class Row:
     """One variant's timings, in seconds; ``ratios`` are to the baseline, round by round. ``peak`` is in bytes."""
     suite: str
@@ -61,13 +77,18 @@ class Row:
     seconds: list[float]
     ratios: list[float] = field(default_factory=list)
     peak: int | None = None
+    facts: dict[str, float] = field(default_factory=dict)
+    items: int = 0
 
     def summary(self) -> dict:
         """Flat numbers of this row: what the JSON file holds next to the raw timings."""
-        return dict(suite=self.suite, case=self.case, variant=self.variant,
-                    median_s=statistics.median(self.seconds), min_s=min(self.seconds), max_s=max(self.seconds),
+        median = statistics.median(self.seconds)
+        return dict(suite=self.suite, case=self.case, variant=self.variant, median_s=median,
+                    min_s=min(self.seconds), max_s=max(self.seconds),
                     ratio=statistics.median(self.ratios), ratio_min=min(self.ratios), ratio_max=max(self.ratios),
-                    **{} if self.peak is None else dict(peak_bytes=self.peak), seconds=self.seconds)
+                    **{} if self.peak is None else dict(peak_bytes=self.peak),
+                    **dict(items_per_s=self.items / median) if self.items else {},
+                    **dict(facts=self.facts) if self.facts else {}, seconds=self.seconds)
 
 
 def measure(case: Case, settings: Settings, suite: str = '') -> list[Row]:
@@ -80,15 +101,16 @@ def measure(case: Case, settings: Settings, suite: str = '') -> list[Row]:
         work[name] = build()
     once = []
     for function in work.values():
-        _seconds(function, 1, settings.device)  # the first call allocates, compiles, fills caches
-        once.append(_seconds(function, 1, settings.device))
+        _seconds(function, 1, settings)  # the first call allocates, compiles, fills caches
+        once.append(_seconds(function, 1, settings))
     loops = max(1, min(1000, round(MIN_SECONDS / max(*once, 1e-9))))
-    rows = {name: Row(suite, case.name, name, []) for name in work}
+    rows = {name: Row(suite, case.name, name, [], facts=getattr(function, 'facts', {}),
+                      items=getattr(function, 'items', 0)) for name, function in work.items()}
     order, shuffle = list(work), random.Random(settings.seed).shuffle
     for _ in range(settings.repeat):
         shuffle(order)
         for name in order:
-            rows[name].seconds.append(_seconds(work[name], loops, settings.device))
+            rows[name].seconds.append(_seconds(work[name], loops, settings))
     baseline = rows[next(iter(work))].seconds
     for name, row in rows.items():
         row.ratios = [mine / base for mine, base in zip(row.seconds, baseline)]
@@ -111,17 +133,30 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """A table in Markdown, one row a variant, times in milliseconds; with peaks of memory where there are some."""
+    """A table in Markdown, one row a variant, times in milliseconds; with a column for whatever else is known."""
     rows = [row.summary() for row in rows]
-    memory = any('peak_bytes' in row for row in rows)
-    lines = ['| suite | case | variant | median ms | min | max | ratio | ratio min–max |' + ' peak MiB |' * memory,
-             '|---|---|---|--:|--:|--:|--:|--:|' + '--:|' * memory]
+    more = {'peak MiB': lambda row: row['peak_bytes'] / 2**20} if any('peak_bytes' in row for row in rows) else {}
+    if any('items_per_s' in row for row in rows):
+        more['items / s'] = lambda row: row['items_per_s']
+    for name in dict.fromkeys(name for row in rows for name in row.get('facts', ())):
+        more[name] = lambda row, name=name: row['facts'][name]
+    lines = ['| suite | case | variant | median ms | min | max | ratio | ratio min–max |'
+             + ''.join(f' {name} |' for name in more), '|---|---|---|--:|--:|--:|--:|--:|' + '--:|' * len(more)]
     for row in rows:
         times = ' | '.join(_ms(row[key]) for key in ('median_s', 'min_s', 'max_s'))
-        peak = f' {row["peak_bytes"] / 2**20:.0f} |' if 'peak_bytes' in row else ' |' * memory
         lines.append(f'| {row["suite"]} | {row["case"]} | {row["variant"]} | {times} | {row["ratio"]:.3f} '
-                     f'| {row["ratio_min"]:.3f}–{row["ratio_max"]:.3f} |{peak}')
+                     f'| {row["ratio_min"]:.3f}–{row["ratio_max"]:.3f} |'
+                     + ''.join(_cell(row, value) for value in more.values()))
     return '\n'.join(lines)
+
+
+def _cell(row: dict, value: Callable[[dict], float]) -> str:
+    """What a further column says of a row that has it."""
+    try:
+        number = value(row)
+    except KeyError:
+        return ' |'
+    return f' {number:,.0f} |' if isinstance(number, int) or number >= 100 else f' {number:.3g} |'
 
 
 def report(rows: Iterable[Row], settings: Settings) -> dict:
@@ -131,15 +166,16 @@ def report(rows: Iterable[Row], settings: Settings) -> dict:
                 rows=[row.summary() for row in rows])
 
 
-def _seconds(function: Callable, loops: int, device: torch.device) -> float:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+def _seconds(function: Callable, loops: int, settings: Settings) -> float:
+    clock, gpu = CLOCKS[settings.clock], settings.device.type == 'cuda'
+    if gpu:
+        torch.cuda.synchronize(settings.device)
+    start = clock()
     for _ in range(loops):
         function()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / loops
+    if gpu:
+        torch.cuda.synchronize(settings.device)
+    return (clock() - start) / loops
 
 
 def _ms(seconds: float) -> str:

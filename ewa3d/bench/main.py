@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ewa3d.bench import detection, layers, mixers, ops, parts, pretrain, step, vit
-from ewa3d.bench.harness import DTYPES, Case, Row, Settings, measure, report, table
+from ewa3d.bench import data, detection, latency, layers, memory, mixers, ops, parts, pretrain, step, vit
+from ewa3d.bench.harness import CLOCKS, DTYPES, Case, Row, Settings, measure, report, table
 from ewa3d.cli.options import Parser
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.files import atomic_write, check_writable
@@ -17,7 +17,10 @@ __all__ = ['SUITES', 'main', 'run']
 
 # A suite is a function from settings to cases. A new one is a module with such a function and a line here.
 SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
-    'step': step.cases,          # training steps: plain, EWA
+    'step': step.cases,          # training steps: plain, EWA, as published
+    'latency': latency.cases,    # inference: plain, and fused from EWA and its relatives, with parameters and FLOPs
+    'data': data.cases,          # loaders by workers: clouds, scenes, images, on generated files
+    'memory': memory.cases,      # peaks of a step by batch and points, with and without activation checkpointing
     'vit': vit.cases,            # the same of timm's ViT-S in a plain loop
     'pretrain': pretrain.cases,  # Point-MAE's pretraining step: naive, ours
     'parts': parts.cases,        # part segmentation: shares of a step, interpolation
@@ -47,7 +50,8 @@ def run(suites: Sequence[str], settings: Settings, tell: Callable[[Row], None] =
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python tools/bench.py [suite ...] [--threads N] [--dtype fp32 bf16] [--repeat R] [--out FILE] [--quick]``"""
+    """``python tools/bench.py [suite ...] [--threads N] [--dtype fp32 bf16] [--repeat R] [--clock cpu] [--out FILE]
+    [--quick]``"""
     parser = Parser('ewa3d bench', description='Compare variants in one run; reports, never judges.')
     parser.add_argument('suites', nargs='*', metavar='suite', help=f'of {", ".join(SUITES)}; all by default')
     parser.add_argument('--threads', type=int, default=1, help='compute threads (default: %(default)s)')
@@ -55,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--repeat', type=int, default=15, help='rounds in which the variants take turns')
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--clock', choices=CLOCKS, default='wall',
+                        help="'cpu': processor time of this process, for a busy machine (default: %(default)s)")
     parser.add_argument('--out', help='write hardware, versions, settings and all timings to this JSON file')
     parser.add_argument('--quick', action='store_true', help='tiny sizes: does it run? Its numbers mean nothing.')
     args = parser.parse_args(argv)
@@ -72,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        settings = Settings(device, tuple(args.dtype), args.threads, args.repeat, args.quick, args.seed)
+        settings = Settings(device, tuple(args.dtype), args.threads, args.repeat, args.quick, args.seed, args.clock)
         rows = run(args.suites or list(SUITES), settings, _progress)
     finally:
         torch.set_num_threads(threads)
@@ -88,8 +94,9 @@ def _describe(result: dict) -> str:
     settings = result['settings']
     where = machine['gpu'] or f'{machine["cpu"]}, {machine["usable_cores"]} of {machine["cores"]} cores usable'
     quick = '; --quick: the numbers mean nothing' if settings['quick'] else ''
-    return (f'{where}; {settings["threads"]} thread(s), {settings["repeat"]} rounds; torch {kit["torch"]}, Python '
-            f'{kit["python"]}; ratio: median over rounds of time / baseline (first variant of its case){quick}')
+    clock = '' if settings['clock'] == 'wall' else ' of processor time'
+    return (f'{where}; {settings["threads"]} thread(s), {settings["repeat"]} rounds{clock}; torch {kit["torch"]}, '
+            f'Python {kit["python"]}; ratio: median over rounds of time / baseline (first variant of its case){quick}')
 
 
 def _progress(row: Row) -> None:

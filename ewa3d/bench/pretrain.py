@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ewa3d.bench.harness import Case, Settings
+from ewa3d.bench.published import NaivePatchEncoder, blocks, position
 
 __all__ = ['NaivePointMAE', 'autoencoder', 'cases']
 
@@ -56,9 +57,8 @@ def autoencoder(size: dict, drop_path: float = DROP_PATH) -> nn.Module:
 class NaivePointMAE(nn.Module):
     """Point-MAE with the modules and names of its published weights, and ``model``'s values.
 
-    1×1 convolutions on channels-first patches, the maximum of a patch repeated for each of its points, attention
-    written out, masks drawn by numpy cloud by cloud, boolean indexing, and a Chamfer distance whose graph holds all
-    pairs.
+    The parts of :mod:`ewa3d.bench.published`, masks drawn by numpy cloud by cloud, boolean indexing, and a Chamfer
+    distance whose graph holds all pairs.
 
     Shape:
         - points ``(B, N, 3)``, mask bool ``(B, G)`` where given; returns the loss.
@@ -67,24 +67,20 @@ class NaivePointMAE(nn.Module):
     def __init__(self, model: nn.Module, size: dict, drop_path: float = DROP_PATH):
         from ewa3d.models.weights import rename
         super().__init__()
-        dim, (inner, middle, outer) = size['dim'], size['widths']
+        dim = size['dim']
         self.group = model.backbone.tokenizer.group
         self.num_masked = int(MASK_RATIO * size['num_groups'])
         encoder = nn.Module()
-        encoder.encoder = nn.Module()
-        encoder.encoder.first_conv = nn.Sequential(nn.Conv1d(3, inner, 1), nn.BatchNorm1d(inner), nn.ReLU(inplace=True),
-                                                   nn.Conv1d(inner, middle, 1))
-        encoder.encoder.second_conv = nn.Sequential(nn.Conv1d(2 * middle, outer, 1), nn.BatchNorm1d(outer),
-                                                    nn.ReLU(inplace=True), nn.Conv1d(outer, dim, 1))
-        encoder.pos_embed = _position(dim)
+        encoder.encoder = NaivePatchEncoder(dim, size['widths'])
+        encoder.pos_embed = position(dim)
         encoder.blocks = nn.Module()
-        encoder.blocks.blocks = _blocks(size, size['depth'], drop_path)
+        encoder.blocks.blocks = blocks(size, size['depth'], drop_path)
         encoder.norm = nn.LayerNorm(dim)
         self.MAE_encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.decoder_pos_embed = _position(dim)
+        self.decoder_pos_embed = position(dim)
         self.MAE_decoder = nn.Module()
-        self.MAE_decoder.blocks = _blocks(size, size['decoder_depth'], drop_path)
+        self.MAE_decoder.blocks = blocks(size, size['decoder_depth'], drop_path)
         self.MAE_decoder.norm = nn.LayerNorm(dim)
         self.increase_dim = nn.Sequential(nn.Conv1d(dim, 3 * size['group_size'], 1))
         self.load_state_dict(rename(model.state_dict(), 'point_mae_pretrain', reverse=True))
@@ -93,7 +89,7 @@ class NaivePointMAE(nn.Module):
         center, patches = self.group(points)
         B, G, K, _ = patches.shape
         mask = self._mask(B, G).to(points.device) if mask is None else mask
-        tokens = self._patch_features(patches.flatten(0, 1)).view(B, G, -1)
+        tokens = self.MAE_encoder.encoder(patches.flatten(0, 1)).view(B, G, -1)
         C = tokens.shape[-1]
         encoder = self.MAE_encoder
         x, pos = tokens[~mask].view(B, -1, C), encoder.pos_embed(center[~mask].view(B, -1, 3))
@@ -116,32 +112,3 @@ class NaivePointMAE(nn.Module):
             np.random.shuffle(chosen)
             row[:] = chosen
         return torch.from_numpy(masks)
-
-    def _patch_features(self, patches: Tensor) -> Tensor:
-        encoder = self.MAE_encoder.encoder
-        x = encoder.first_conv(patches.transpose(2, 1))  # (P, middle, K)
-        shared = torch.max(x, dim=2, keepdim=True)[0]
-        x = torch.cat([shared.expand(-1, -1, x.shape[2]), x], 1)
-        return torch.max(encoder.second_conv(x), dim=2)[0]
-
-
-def _position(dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
-
-
-def _blocks(size: dict, depth: int, drop_path: float) -> nn.ModuleList:
-    from ewa3d.layers.block import Attention, Block
-
-    class NaiveAttention(Attention):
-        """All weights, softmax and products as operations of their own."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            B, L, C = x.shape
-            qkv = self.qkv(x).reshape(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            q, k, v = qkv[0], qkv[1], qkv[2]
-            weights = ((q @ k.transpose(-2, -1)) * self.head_dim ** -0.5).softmax(-1)
-            x = (weights @ v).transpose(1, 2).reshape(B, L, C)
-            return self.proj_drop(self.proj(x))
-
-    return nn.ModuleList(Block(size['dim'], size['heads'], drop_path=rate, attn_layer=NaiveAttention)
-                         for rate in torch.linspace(0, drop_path, depth).tolist())

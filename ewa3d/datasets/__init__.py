@@ -1,6 +1,7 @@
 """Data sets and transforms; importing this package registers them."""
 from ewa3d.datasets.base import PointDataset
 from ewa3d.datasets.clips import ClipFlip, LoadClip, PackClip, ThreeCrop
+from ewa3d.datasets.collate import Batch, packed_collate
 from ewa3d.datasets.fewshot import FewShot
 from ewa3d.datasets.folder import FolderPointCloud
 from ewa3d.datasets.image_transforms import ImageTransforms, PackImage
@@ -35,4 +36,4 @@ __all__ = ['PointDataset', 'FewShot', 'FolderPointCloud', 'ModelNet', 'ScanObjec
            'SyntheticScenes', 'AddHeight', 'PackBoxes', 'RandomCuboid', 'SceneFlip', 'SceneRotate', 'SceneScale',
            'CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset', 'ImageFolder', 'ImageNet', 'ImageTransforms', 'PackImage',
            'MixedBatches', 'MixedDataset', 'MixedSampler', 'RepeatedSampler', 'ClipFlip', 'LoadClip', 'PackClip',
-           'ThreeCrop', 'MovingShapes', 'VideoDataset']
+           'ThreeCrop', 'MovingShapes', 'VideoDataset', 'Batch', 'packed_collate']

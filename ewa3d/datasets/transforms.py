@@ -23,7 +23,9 @@ PER_POINT = ('points', 'parts', 'rows')
 
 def rng_of(results: dict) -> np.random.Generator:
     """The sample's generator; a fresh one where a transform is called by hand."""
-    return results.setdefault('rng', np.random.default_rng())
+    if 'rng' not in results:
+        results['rng'] = np.random.default_rng()
+    return results['rng']
 
 
 def take(results: dict, rows, fps_ordered: bool = False) -> dict:

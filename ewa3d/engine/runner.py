@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import ewa3d
+from ewa3d.datasets.collate import packed_collate
 from ewa3d.engine.checkpoint import find_last_checkpoint, load_any, read_checkpoint, write_checkpoint
 from ewa3d.engine.derive import check_save_best, fill_num_classes, selection
 from ewa3d.engine.environment import check_device, check_launcher, describe_environment, init_gloo, versions
@@ -162,10 +163,11 @@ class Runner(_Runner):
 
     @staticmethod
     def build_dataloader(dataloader, seed=None, diff_rank_seed: bool = False) -> DataLoader:
-        """As mmengine's, with a random generator of its own: making an iterator must not move the training's."""
+        """As mmengine's, with a random generator of its own: making an iterator must not move the training's. Unless a
+        ``collate_fn`` is given, batches travel in few pieces (:func:`ewa3d.datasets.packed_collate`)."""
         if isinstance(dataloader, DataLoader):
             return dataloader
-        dataloader = copy.deepcopy(dataloader)
+        dataloader = {'collate_fn': packed_collate, **copy.deepcopy(dataloader)}
         if not dataloader.get('num_workers', 0):
             for key in ('persistent_workers', 'prefetch_factor'):
                 dataloader.pop(key, None)

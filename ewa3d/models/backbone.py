@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.block import Block, init_vit
+from ewa3d.layers.checkpointing import checkpointed
 from ewa3d.layers.modality import ModalityNorm, select_modality
 from ewa3d.layers.serialize import Serializer
 from ewa3d.registry import MODELS, nearest
@@ -19,8 +20,13 @@ class TransformerStack(nn.Module):
     """``blocks`` and a final ``norm``, with a positional embedding that is added again before every block, or once.
 
     A base class: a subclass calls :meth:`add_blocks` where its other parameters leave room for them.
+
+    Attributes:
+        grad_checkpointing: in training, compute the blocks' activations again in the backward pass instead of keeping
+            them: less memory for one more forward pass (:func:`~ewa3d.layers.checkpointing.checkpointed`).
     """
     pos = 'every'
+    grad_checkpointing = False
 
     def add_blocks(self, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float = 4., qkv_bias: bool = False,
                    drop_path_rate: float = 0., proj_drop: float = 0., attn_drop: float = 0.,
@@ -57,7 +63,8 @@ class TransformerStack(nn.Module):
             x = x + pos
         outputs = {}
         for i, block in enumerate(self.blocks):
-            x = block(x + pos if self.pos == 'every' else x)
+            x = x + pos if self.pos == 'every' else x
+            x = checkpointed(block, x) if self.grad_checkpointing and self.training else block(x)
             if i in wanted:
                 outputs[i] = self.norm(x) if norm else x
                 if len(outputs) == len(wanted):
@@ -99,6 +106,7 @@ class TokenEncoder(TransformerStack):
         order: the curve along which the tokens are visited, for mixers that see a sequence (S4D), or several, one copy
             of the tokens after another: see :class:`~ewa3d.layers.serialize.Serializer`. As they come unless given.
         order_grid: side of the cells of the curve's grid.
+        grad_checkpointing: see :class:`TransformerStack`; the tokenizer's activations are kept.
 
     Attributes:
         modalities: the names of several tokenizers; ``()`` where there is one.
@@ -108,13 +116,14 @@ class TokenEncoder(TransformerStack):
 
     Raises:
         KeyError: with several tokenizers, inputs that have none of their names, or two.
-        ValueError: a tokenizer of another width, ``modality_norms`` with one tokenizer.
+        ValueError: a tokenizer of another width, ``modality_norms`` with one tokenizer or with checkpointing.
     """
 
     def __init__(self, tokenizer: dict | nn.Module, embed_dim: int = 384, depth: int = 12, num_heads: int = 6,
                  mlp_ratio: float = 4., qkv_bias: bool = False, drop_path_rate: float = 0.1, proj_drop: float = 0.,
                  attn_drop: float = 0., norm_eps: float = 1e-5, pos: str = 'every', cls_token: bool = True,
-                 modality_norms: bool = False, order: str | Sequence[str] | None = None, order_grid: float = 0.02):
+                 modality_norms: bool = False, order: str | Sequence[str] | None = None, order_grid: float = 0.02,
+                 grad_checkpointing: bool = False):
         super().__init__()
         if pos not in ('every', 'first'):
             raise ValueError(f"pos must be 'every' or 'first', got {pos!r}")
@@ -125,6 +134,10 @@ class TokenEncoder(TransformerStack):
             raise ValueError('TokenEncoder: modality_norms belong to several tokenizers, and there is one')
         self.tokenizer = nn.ModuleDict({name: _tokenizer(cfg, embed_dim) for name, cfg in tokenizer.items()}) \
             if several else _tokenizer(tokenizer, embed_dim)
+        if modality_norms and grad_checkpointing:
+            raise ValueError('TokenEncoder: grad_checkpointing does not go with modality_norms: a block would be '
+                             'computed again with the norms of the modality that came last')
+        self.grad_checkpointing = bool(grad_checkpointing)
         self.embed_dim = embed_dim
         self.pos = pos
         self.num_prefix_tokens = int(cls_token)
