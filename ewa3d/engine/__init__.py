@@ -4,6 +4,7 @@ from ewa3d.engine import (
     boxes_hooks,
     checkpoint,
     dvae_hooks,
+    finite,
     hooks,
     optim,
     params,
@@ -15,5 +16,5 @@ from ewa3d.engine import (
     validate,
 )
 
-__all__ = ['averaging', 'boxes_hooks', 'checkpoint', 'dvae_hooks', 'hooks', 'optim', 'params', 'parts_hooks',
+__all__ = ['averaging', 'boxes_hooks', 'checkpoint', 'dvae_hooks', 'finite', 'hooks', 'optim', 'params', 'parts_hooks',
            'pictures', 'pretrain_hooks', 'runner', 'schedules', 'validate']

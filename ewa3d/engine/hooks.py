@@ -204,7 +204,7 @@ class MetricsHook(Hook):
     metrics. A resumed run first drops the lines that it is about to write again.
     """
     priority = 'BELOW_NORMAL'
-    LAST = ('lr', 'base_lr', 'share_rate', 'temperature', 'kl_weight')
+    LAST = ('lr', 'base_lr', 'share_rate', 'temperature', 'kl_weight', 'skipped_steps')
 
     def __init__(self):
         self._started = self._eval_started = 0.0

@@ -38,7 +38,7 @@ __all__ = ['Runner']
 
 _RUNS = itertools.count()  # two runs of one process must not share a logger or a message hub
 # What a resumed run needs from the message hub.
-_KEPT_INFO = ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt', 'validated_iter')
+_KEPT_INFO = ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt', 'validated_iter', 'skipped')
 
 
 @RUNNERS.register_module()
@@ -134,6 +134,7 @@ class Runner(_Runner):
         """mmengine's and ours, whatever the config lists; a name set to ``None`` leaves that hook out."""
         defaults = dict(rng=dict(type='RNGStateHook'), dataset_epoch=dict(type='DatasetEpochHook'),
                         metrics=dict(type='MetricsHook'), logger=dict(type='LoggerHook'),
+                        finite=dict(type='FiniteHook'),
                         checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3))
         if self.distributed:
             defaults['sync_buffers'] = dict(type='SyncBuffersHook')
