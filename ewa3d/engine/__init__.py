@@ -6,15 +6,17 @@ from ewa3d.engine import (
     dvae_hooks,
     finite,
     hooks,
+    interrupt,
     optim,
     params,
     parts_hooks,
     pictures,
     pretrain_hooks,
     runner,
+    saving,
     schedules,
     validate,
 )
 
-__all__ = ['averaging', 'boxes_hooks', 'checkpoint', 'dvae_hooks', 'finite', 'hooks', 'optim', 'params', 'parts_hooks',
-           'pictures', 'pretrain_hooks', 'runner', 'schedules', 'validate']
+__all__ = ['averaging', 'boxes_hooks', 'checkpoint', 'dvae_hooks', 'finite', 'hooks', 'interrupt', 'optim', 'params',
+           'parts_hooks', 'pictures', 'pretrain_hooks', 'runner', 'saving', 'schedules', 'validate']

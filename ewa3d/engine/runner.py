@@ -25,6 +25,8 @@ from ewa3d.engine.checkpoint import find_last_checkpoint, load_any, read_checkpo
 from ewa3d.engine.derive import check_save_best, fill_num_classes, selection
 from ewa3d.engine.environment import check_device, check_launcher, describe_environment, init_gloo, versions
 from ewa3d.engine.hooks import unwrapped
+from ewa3d.engine.intact import damage, find_intact_checkpoint
+from ewa3d.engine.interrupt import catch_signals
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.plain import to_plain
@@ -77,6 +79,7 @@ class Runner(_Runner):
                  randomness=None, cfg=None, **kwargs):
         self.selection = selection(cfg or {}) if train_cfg is not None else ('given', 'a checkpoint is evaluated')
         self.last_metrics: dict = {}
+        self.interruption = None  # while training: which signal came
         name = experiment_name or Path((cfg and cfg.filename) or 'run').stem
         super().__init__(model, work_dir, train_cfg=train_cfg, experiment_name=f'{name}-{next(_RUNS)}',
                          default_scope=default_scope, randomness=dict(randomness or dict(seed=0)), cfg=cfg, **kwargs)
@@ -134,7 +137,7 @@ class Runner(_Runner):
         """mmengine's and ours, whatever the config lists; a name set to ``None`` leaves that hook out."""
         defaults = dict(rng=dict(type='RNGStateHook'), dataset_epoch=dict(type='DatasetEpochHook'),
                         metrics=dict(type='MetricsHook'), logger=dict(type='LoggerHook'),
-                        finite=dict(type='FiniteHook'),
+                        finite=dict(type='FiniteHook'), interrupt=dict(type='InterruptHook'),
                         checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3))
         if self.distributed:
             defaults['sync_buffers'] = dict(type='SyncBuffersHook')
@@ -220,11 +223,13 @@ class Runner(_Runner):
     def train(self) -> nn.Module:
         log_start(self)
         try:
-            model = super().train()
+            with catch_signals() as self.interruption:
+                model = super().train()
             if self._val_loop is None and self._test_loop is not None:
                 self._test_loop = self.build_test_loop(self._test_loop)
                 self.last_metrics = self.test_loop.run()
         finally:
+            self.interruption = None
             self._release_workers()
         log_result(self)
         return model
@@ -247,11 +252,13 @@ class Runner(_Runner):
             return
         path = None
         if self._resume:
-            path = find_last_checkpoint(self._work_dir) if self._resume is True else self._resume
+            path = find_intact_checkpoint(self._work_dir) if self._resume is True else self._resume
             if path is None:
                 self.logger.info(f'nothing to resume in {self._work_dir}: starting from scratch')
                 self._resume = False
         if path is not None:
+            if self._resume is True and path != (last := find_last_checkpoint(self._work_dir)):
+                self.logger.warning(f'{damage(last)}: going on from {path}, the newest one that is intact')
             self.resume(str(path))
         else:
             if self._load_from is not None:
@@ -352,7 +359,7 @@ class Runner(_Runner):
         hub = self.message_hub.runtime_info
         checkpoint['message_hub'] = {k: to_plain(v, k) for k, v in hub.items() if k.startswith(_KEPT_INFO)}
         if not save_optimizer:  # weights to use, not a state to resume
-            for key in ('rng', 'message_hub'):
+            for key in ('rng', 'message_hub', 'epoch_scalars'):
                 checkpoint.pop(key, None)
         checkpoint['meta'] = self._meta(checkpoint)
         write_checkpoint(Path(out_dir) / filename, **checkpoint)
