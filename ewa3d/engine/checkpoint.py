@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ewa3d.checks import some
+from ewa3d.engine.bounds import check_archive, check_tree
 from ewa3d.engine.plain import checksum, storable, to_plain
 from ewa3d.files import atomic_write
 from ewa3d.layers.experts import iter_experts
@@ -170,6 +171,10 @@ def read_checkpoint(path: str | Path, map_location='cpu') -> dict:
     if path.stat().st_size == 0:
         raise ValueError(f'checkpoint {path} is empty')
     checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
+    try:
+        check_tree(checkpoint, path.stat().st_size)
+    except ValueError as error:
+        raise ValueError(f'checkpoint {path} holds what no checkpoint of ewa3d does ({error})') from None
     if 'format_version' in checkpoint:
         _verify(checkpoint, path)
     _check_entries(checkpoint, path)
@@ -178,6 +183,7 @@ def read_checkpoint(path: str | Path, map_location='cpu') -> dict:
 
 def _read_pickle(path: Path) -> dict:
     try:
+        check_archive(path)
         with torch.serialization.safe_globals(_inert_classes()):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
