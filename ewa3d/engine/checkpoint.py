@@ -208,8 +208,8 @@ def _read_safetensors(path: Path) -> dict:
             header = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         checkpoint = dict(state_dict=weights, meta=json.loads(header.get('meta', '{}')))
-        if 'format_version' in header:
-            checkpoint.update(format_version=int(header['format_version']), checksum=header.get('checksum'))
+        if {'format_version', 'checksum'} & header.keys():  # one is enough: the other name may be what is damaged
+            checkpoint.update(format_version=int(header.get('format_version', 0)), checksum=header.get('checksum'))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f'checkpoint {path} cannot be read; it is truncated, corrupt or no safetensors file '
                          f'({_detail(error)})') from None

@@ -258,7 +258,7 @@ class Runner(_Runner):
                 self._resume = False
         if path is not None:
             if self._resume is True and path != (last := find_last_checkpoint(self._work_dir)):
-                self.logger.warning(f'{damage(last)}: going on from {path}, the newest one that is intact')
+                self.logger.warning(f'{damage(last).rstrip(".")}. Going on from {path}, the newest intact one')
             self.resume(str(path))
         else:
             if self._load_from is not None:
