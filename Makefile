@@ -1,7 +1,8 @@
-# Two commands for a machine that has Python >= 3.11, make and a package registry:
+# Three commands for a machine that has Python >= 3.11, make and a package registry:
 #   make quickstart   train a small point transformer plain and with EWA, fuse it, compare
 #   make test         run the tests
-# Both create the virtual environment VENV (default .venv) with the versions pinned in constraints.txt.
+#   make reliability  kill, damage and resume for some minutes, and print what was tried and survived
+# All create the virtual environment VENV (default .venv) with the versions pinned in constraints.txt.
 VENV    ?= .venv
 PYTHON  ?= python3
 WORKERS ?= 2
@@ -11,7 +12,7 @@ KEY   := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' -)-$(shell 
 STAMP := $(VENV)/.ewa3d-$(KEY)
 BIN   := $(VENV)/bin
 
-.PHONY: env quickstart test lint
+.PHONY: env quickstart test reliability lint
 env: $(STAMP)
 
 $(STAMP):
@@ -30,6 +31,10 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	@echo "==> running the tests in $(WORKERS) processes, one thread each"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+reliability: $(STAMP)
+	@echo "==> killing, damaging and resuming (one process, one thread)"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m 'reliability or not reliability' $(ARGS) tests/reliability
 
 lint: $(STAMP)
 	@echo "==> ruff"

@@ -65,13 +65,13 @@ def _use_autocast(cfg: Config) -> None:
 
 def _resolve_resume(cfg: Config, resume: str | None) -> Path | None:
     """Put ``--resume`` into ``cfg.resume``; returns the checkpoint that will be continued, if there is one."""
-    from ewa3d.engine.checkpoint import find_last_checkpoint
+    from ewa3d.engine.intact import find_intact_checkpoint
     if resume is not None:
         cfg.resume = True if resume == 'auto' else resume
     if not cfg.get('resume'):
         return None
     if cfg.resume is True:
-        return find_last_checkpoint(cfg.work_dir)
+        return find_intact_checkpoint(cfg.work_dir)
     if not Path(cfg.resume).is_file():
         raise FileNotFoundError(f'--resume {cfg.resume}: there is no such checkpoint')
     return Path(cfg.resume)

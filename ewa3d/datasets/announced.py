@@ -1,13 +1,18 @@
-"""What PLY and PCD headers announce, against what follows them.
+"""What files announce, against what there is of it: headers of PLY, PCD and STL, and the sizes of packed arrays.
 
 open3d returns arrays of the announced size even where the file ends early, so that is found out before it reads.
 """
 import re
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ['check_announced']
+__all__ = ['check_announced', 'check_archive', 'check_unpacked']
+
+ROOM = 1 << 28  # bytes that any file may unpack to
+RATIO = 100  # a larger content may be so many times as large as what is stored of it
+LZF_RATIO = 100  # the compression of PCD files gives at most 264 bytes for 3
 
 # Codes of ``struct`` for the types of PLY properties, under both of their names.
 PLY_TYPES = {'char': 'b', 'uchar': 'B', 'short': 'h', 'ushort': 'H', 'int': 'i', 'uint': 'I', 'float': 'f',
@@ -16,14 +21,28 @@ PLY_TYPES = {'char': 'b', 'uchar': 'B', 'short': 'h', 'ushort': 'H', 'int': 'i',
 
 
 def check_announced(path: Path) -> None:
-    """Raise where a PLY or PCD file holds less than its header announces; nothing for other formats.
+    """Raise where a PLY, PCD or STL file holds less than its header announces; nothing for other formats.
 
     Raises:
         ValueError: naming the file, what was announced and what was found.
     """
-    check = {'.ply': check_ply, '.pcd': check_pcd}.get(path.suffix.lower())
+    check = {'.ply': check_ply, '.pcd': check_pcd, '.stl': check_stl}.get(path.suffix.lower())
     if check is not None:
         check(path, path.read_bytes())
+
+
+def check_unpacked(path: Path, size: int, stored: int) -> None:
+    """Raise ``ValueError`` where ``size`` bytes come out of so few stored ones that only a trap would have them."""
+    if size > max(ROOM, RATIO * stored):
+        raise ValueError(f'{path}: {stored} bytes that unpack to {size} are refused; write the array anew, less packed')
+
+
+def check_archive(path: Path) -> None:
+    """The same for every array of an npz file."""
+    if zipfile.is_zipfile(path):  # numpy says what else it is
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                check_unpacked(path, info.file_size, info.compress_size)
 
 
 def cut_off(path: Path, announced: int, what: str, found: int) -> ValueError:
@@ -41,6 +60,8 @@ def check_ply(path: Path, raw: bytes) -> None:
     order = '>' if layout == 'binary_big_endian' else '<'
     at = 0
     for name, count, properties in elements:
+        if count and not properties:
+            raise ValueError(f'{path}: the PLY header announces {count} of {name!r} without a property')
         what = 'vertices' if name == 'vertex' else f'{name}s'
         if words is not None:
             sizes, total, length = [1] * len(properties), len(words), lambda code, at: int(words[at])
@@ -106,8 +127,12 @@ def check_pcd(path: Path, raw: bytes) -> None:
     try:
         sizes = [int(word) for word in header['SIZE']]
         counts = [int(word) for word in header.get('COUNT', ['1'] * len(sizes))]
-        announced = int(header['POINTS'][0]) if 'POINTS' in header else int(header['WIDTH'][0]) * int(
-            header['HEIGHT'][0])
+        known = [int(header['POINTS'][0])] if 'POINTS' in header else []
+        if not known or {'WIDTH', 'HEIGHT'} <= header.keys():
+            known.append(int(header['WIDTH'][0]) * int(header['HEIGHT'][0]))
+        announced = max(known)
+        if announced < 0 or min([*sizes, *counts], default=0) < 1:
+            raise ValueError
         row = sum(size * count for size, count in zip(sizes, counts, strict=True))
     except (KeyError, IndexError, ValueError):
         raise ValueError(f'{path}: the PCD header should name FIELDS, SIZE, TYPE, COUNT, WIDTH, HEIGHT and POINTS, '
@@ -122,8 +147,19 @@ def check_pcd(path: Path, raw: bytes) -> None:
         if len(body) < 8 + packed:
             raise ValueError(f'{path}: {announced} points in {packed} compressed bytes announced, '
                              f'{max(len(body) - 8, 0)} bytes found: the file is cut off')
+        if unpacked > LZF_RATIO * max(packed, 1):
+            raise ValueError(f'{path}: {packed} compressed bytes cannot hold the {unpacked} that are announced')
         found = unpacked // max(row, 1)
     else:
         raise ValueError(f'{path}: PCD data is ascii, binary or binary_compressed, got {layout!r}')
     if found < announced:
         raise cut_off(path, announced, 'points', found)
+
+
+# ---- STL ----------------------------------------------------------------------------------------------------------
+def check_stl(path: Path, raw: bytes) -> None:
+    if raw.lstrip().startswith(b'solid'):
+        return  # text, which announces nothing
+    announced = struct.unpack_from('<I', raw, 80)[0] if len(raw) >= 84 else 1
+    if announced > (len(raw) - 84) // 50:
+        raise cut_off(path, announced, 'triangles', max(len(raw) - 84, 0) // 50)

@@ -1,6 +1,8 @@
 """What every data set of point clouds shares: metainfo, the pipeline, seeding."""
+import logging
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -8,14 +10,17 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ewa3d.checks import check_integer, check_number, is_integer
+from ewa3d.checks import check_integer, check_number, is_integer, some
 from ewa3d.datasets.io import as_cloud, read_cloud
 from ewa3d.registry import DATASETS, TRANSFORMS, nearest
 
-__all__ = ['PointDataset', 'require_folder']
+__all__ = ['PointDataset', 'require_folder', 'shared_ids']
 
+logger = logging.getLogger('ewa3d')
 AXES = ('x', 'y', 'z')
 KEPT_ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError, ImportError)
+DATA_ERRORS = (ValueError, TypeError, OSError)  # what `on_error` is about; a missing package is none of the data's
+READ_THREADS = 8
 
 
 def require_folder(folder: str | Path, what: str) -> Path:
@@ -55,6 +60,12 @@ class PointDataset(Dataset):
         seed: of the augmentation; ``None`` takes the run's seed in training, and 0 outside of a run.
         cache_dir: where data sets that prepare their clouds keep the result; ``None`` keeps it in memory.
         lazy_init: leave the reading of the list to the first use. ``metainfo`` is there in any case.
+        on_error: what a sample that cannot be read is: ``'raise'`` an error when it is needed; ``'skip'`` reads every
+            sample once, when the data set is first used, leaves out those that fail and logs how many and which.
+        max_skipped: with ``'skip'``, the largest share of samples that may be left out; more is an error.
+
+    Attributes:
+        skipped: the names of the samples that were left out.
 
     Raises:
         ValueError, TypeError, KeyError, FileNotFoundError: naming the sample, file or key and what was expected.
@@ -62,11 +73,14 @@ class PointDataset(Dataset):
 
     METAINFO: ClassVar[dict] = {}
     SPLITS: tuple | None = None
+    NAMED = True  # whether a sample's name says which one it is, in all splits; made-up samples have none
+    UNREADABLE = 'samples cannot be read'
 
     def __init__(self, data_root: str | Path | None = None, split: str | None = 'train', pipeline: Iterable = (),
                  metainfo: dict | None = None, indices: int | Sequence[int] | None = None, seed: int | None = None,
                  cache_dir: str | Path | None = 'data/.cache', lazy_init: bool = False,
-                 label_fraction: float | None = None, label_seed: int = 0):
+                 label_fraction: float | None = None, label_seed: int = 0, on_error: str = 'raise',
+                 max_skipped: float = 0.5):
         if self.SPLITS is not None and split not in self.SPLITS:
             raise ValueError(f'{type(self).__name__} has no split {split!r}; {nearest(split, self.SPLITS)}')
         self.data_root = None if data_root is None else Path(data_root).expanduser()
@@ -79,6 +93,11 @@ class PointDataset(Dataset):
             check_number(f'{type(self).__name__}: label_fraction', label_fraction, '(0, 1]')
         self.label_fraction = label_fraction
         self.label_seed = check_integer(f'{type(self).__name__}: label_seed', label_seed, 0)
+        if on_error not in ('raise', 'skip'):
+            raise ValueError(f"{type(self).__name__}: on_error must be 'raise' or 'skip', got {on_error!r}")
+        self.on_error = on_error
+        self.max_skipped = check_number(f'{type(self).__name__}: max_skipped', max_skipped)
+        self.skipped: list[str] = []
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._data_list: list[dict] | None = None
         self._metainfo = merge_metainfo(self.METAINFO, self.load_metainfo(), metainfo or {})
@@ -115,6 +134,14 @@ class PointDataset(Dataset):
         return [self._data_list[i].get('label') for i in self._chosen]
 
     @property
+    def ids(self) -> list[tuple[str, str]]:
+        """Which samples these are: folder of the data and name, of those that have a name or a path."""
+        self.full_init()
+        entries = (self._data_list[i] for i in self._chosen) if self.NAMED else ()
+        root = str(self.data_root.resolve()) if self.data_root is not None else ''
+        return [(root, str(name)) for entry in entries if (name := entry.get('name') or entry.get('path'))]
+
+    @property
     def epoch(self) -> int:
         return int(self._epoch)
 
@@ -140,6 +167,8 @@ class PointDataset(Dataset):
             raise ValueError(f'{self._what} has no samples')
         check_labels(data_list, self._metainfo.get('classes'), self._what)
         chosen = choose(len(data_list), self._indices, self._what)
+        if self.on_error == 'skip':
+            chosen = self._readable(data_list, chosen)
         if self.label_fraction is not None:
             labels = [data_list[i].get('label') for i in chosen]
             kept = share_of_labels(labels, self.label_fraction, self.label_seed, self._what)
@@ -196,6 +225,32 @@ class PointDataset(Dataset):
         entry = self._data_list[index]
         return str(entry.get('name') or entry.get('path') or f'{type(self).__name__}[{index}]')
 
+    def _readable(self, data_list: list[dict], chosen: Sequence[int]) -> list[int]:
+        """Those of ``chosen`` that can be read; the others are reported."""
+        self._data_list = data_list  # what reading a sample looks at
+        try:
+            with ThreadPoolExecutor(READ_THREADS) as pool:
+                failures = list(pool.map(self._failure, chosen))
+            bad = [(i, text) for i, text in zip(chosen, failures) if text]
+            self.skipped = [str(data_list[i].get('path') or self._name(i)) for i, _ in bad]
+        finally:
+            self._data_list = None
+        if bad:
+            text = (f'{self._what}: {len(bad)} of {len(chosen)} {self.UNREADABLE}', some(self.skipped), bad[0][1])
+            if len(bad) > self.max_skipped * len(chosen) or len(bad) == len(chosen):
+                raise ValueError(f'{text[0]}, more than max_skipped={self.max_skipped} of them: {text[1]}; the first: '
+                                 f'{text[2]}')
+            logger.warning('%s and are skipped: %s; the first: %s', *text)
+        return [i for i, failure in zip(chosen, failures) if not failure]
+
+    def _failure(self, index: int) -> str:
+        """Why a sample cannot be read; nothing where it can."""
+        try:
+            self._start(index)
+        except DATA_ERRORS as error:
+            return error_text(self._located(error, index))
+        return ''
+
     def _start(self, index: int) -> dict:
         """What the pipeline is given; errors of it are told apart by the sample's name."""
         entry, name = self._data_list[index], self._name(index)
@@ -234,6 +289,12 @@ class PointDataset(Dataset):
         kind = type(error) if type(error) in KEPT_ERRORS else RuntimeError
         kept = text if kind is type(error) else f'{type(error).__name__}: {text}'
         return kind(f'{where}{kept}')
+
+
+def shared_ids(one: Iterable, other: Iterable) -> list[str]:
+    """The names of the samples that two lists of data sets have in common, sorted."""
+    first, second = ({i for data in part for i in getattr(data, 'ids', ())} for part in (one, other))
+    return sorted(name for _, name in first & second)
 
 
 def error_text(error: Exception) -> str:

@@ -231,6 +231,8 @@ def fps_order(clouds: list[np.ndarray], num: int, start: int = 0) -> list[np.nda
     for i, cloud in enumerate(clouds):
         by_size.setdefault(len(cloud), []).append(i)
     orders: list = [None] * len(clouds)
+    for i in by_size.pop(0, ()):
+        orders[i] = np.empty(0, dtype=np.int64)
     for size, members in by_size.items():
         step = max(1, FPS_POINTS // size)
         for group in (members[i:i + step] for i in range(0, len(members), step)):

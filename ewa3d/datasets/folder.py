@@ -1,4 +1,5 @@
 """``FolderPointCloud``: people's own data, one folder a class."""
+import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -6,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ewa3d.datasets.base import PointDataset, require_folder
+from ewa3d.datasets.base import DATA_ERRORS, PointDataset, require_folder
 from ewa3d.datasets.cache import cached_clouds
 from ewa3d.datasets.io import EXTENSIONS, MESH_POINTS, read_cloud
 from ewa3d.registry import DATASETS, nearest
 
 __all__ = ['FolderPointCloud']
 
+logger = logging.getLogger('ewa3d')
 SPLITS = ('train', 'val', 'test')
 # Lies beside clouds and is none: materials and pictures of meshes, notes, what desktops leave behind.
 COMPANIONS = frozenset(('.mtl', '.png', '.jpg', '.jpeg', '.md', '.json', '.db', '.ini'))
@@ -81,6 +83,8 @@ class FolderPointCloud(PointDataset):
         settings = dict(features=self.num_features, normals=self.normals, mesh_points=self.mesh_points,
                         mesh_seed=self.mesh_seed, classes=self._wanted_classes,
                         extensions=self.extensions and sorted(self.extensions))
+        if self.on_error == 'skip':
+            settings['on_error'] = 'skip'  # that cache may have clouds without points
         files = [file for file, _ in items]
         name = f'{self.data_root.resolve().name}_{self.split or "all"}'
         self._clouds = cached_clouds(self.cache_dir, name, settings, files, self.data_root, lambda: self._read(files),
@@ -89,7 +93,10 @@ class FolderPointCloud(PointDataset):
                 for row, (file, label) in enumerate(items)]
 
     def load_cloud(self, entry: dict) -> dict:
-        return dict(points=self._clouds[entry['row']], max_points=self.max_points)
+        points = self._clouds[entry['row']]
+        if not len(points):
+            raise ValueError(f'{self.data_root / entry["name"]}: could not be read when the cache was written')
+        return dict(points=points, max_points=self.max_points)
 
     def _files(self, folder: Path) -> list[Path]:
         """The clouds in a class folder, sorted."""
@@ -111,17 +118,25 @@ class FolderPointCloud(PointDataset):
         return files
 
     def _read(self, files: list[Path]) -> Iterator[np.ndarray]:
-        wanted = 3 + self.num_features
         for file in files:
-            name = str(file.relative_to(self.data_root))
-            rng = np.random.default_rng((self.mesh_seed, zlib.crc32(name.encode())))
-            cloud = read_cloud(file, self.mesh_points, rng)
-            if self.normals and cloud.normals is False:
-                raise ValueError(f'{file}: normals=True, but the file has none')
-            if cloud.points.shape[1] < wanted:
-                raise ValueError(f'{file}: {wanted} columns are wanted (xyz and num_features={self.num_features}), it '
-                                 f'has {cloud.points.shape[1]}')
-            yield cloud.points[:, :wanted]
+            try:
+                yield self._read_file(file)
+            except DATA_ERRORS as error:
+                if self.on_error == 'raise':
+                    raise
+                logger.warning('%s', error)
+                yield np.empty((0, 3 + self.num_features), np.float32)
+
+    def _read_file(self, file: Path) -> np.ndarray:
+        wanted = 3 + self.num_features
+        rng = np.random.default_rng((self.mesh_seed, zlib.crc32(str(file.relative_to(self.data_root)).encode())))
+        cloud = read_cloud(file, self.mesh_points, rng)
+        if self.normals and cloud.normals is False:
+            raise ValueError(f'{file}: normals=True, but the file has none')
+        if cloud.points.shape[1] < wanted:
+            raise ValueError(f'{file}: {wanted} columns are wanted (xyz and num_features={self.num_features}), it '
+                             f'has {cloud.points.shape[1]}')
+        return cloud.points[:, :wanted]
 
 
 class Tree:

@@ -1,23 +1,20 @@
 """Images with labels: CIFAR, folders, ImageNet, and the digits that scikit-learn brings along."""
-import logging
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from ewa3d.datasets.base import PointDataset, require_folder
+from ewa3d.datasets.base import DATA_ERRORS, PointDataset, require_folder
 from ewa3d.datasets.folder import Tree, subfolders, wanted_classes
 from ewa3d.datasets.pickles import read_numpy_pickle
 from ewa3d.registry import DATASETS, nearest
 
 __all__ = ['CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset', 'ImageFolder', 'ImageNet', 'decode_image']
 
-logger = logging.getLogger('ewa3d')
 EXTENSIONS = frozenset(('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm'))
-CHECK_SIZE, CHECK_THREADS = (64, 64), 8  # a JPEG is decoded at a fraction of its size, but to its end
+CHECK_SIZE = (64, 64)  # a JPEG is decoded at a fraction of its size, but to its end
 
 
 def decode_image(path: str | Path, mode: str = 'RGB', size: tuple[int, int] | None = None) -> np.ndarray:
@@ -54,22 +51,14 @@ class ImageDataset(PointDataset):
     ``load_data_list`` gives ``img`` (an array) or ``path`` (a file) and ``label``.
 
     Args:
-        on_error: what an image that does not decode is: ``'raise'`` an error when it is needed; ``'skip'`` decodes
-            every file once, when the data set is first used, leaves out those that fail and logs how many they are.
         mode: ``'RGB'``, or ``'L'`` for one channel; of files.
-
-    Attributes:
-        skipped: the files that were left out.
     """
+    UNREADABLE = 'images do not decode'
 
-    def __init__(self, data_root: str | Path | None = None, split: str | None = 'train', on_error: str = 'raise',
-                 mode: str = 'RGB', **kwargs):
-        if on_error not in ('raise', 'skip'):
-            raise ValueError(f"{type(self).__name__}: on_error must be 'raise' or 'skip', got {on_error!r}")
+    def __init__(self, data_root: str | Path | None = None, split: str | None = 'train', mode: str = 'RGB', **kwargs):
         if mode not in ('RGB', 'L'):
             raise ValueError(f"{type(self).__name__}: mode must be 'RGB' or 'L', got {mode!r}")
-        self.on_error, self.mode = on_error, mode
-        self.skipped: list[str] = []
+        self.mode = mode
         super().__init__(data_root, split, **kwargs)
 
     def load_image(self, entry: dict) -> dict:
@@ -80,26 +69,15 @@ class ImageDataset(PointDataset):
             return dict(img=decode_image(entry['path'], self.mode))
         raise KeyError(f"an entry of the data list needs 'img' or 'path', got {sorted(entry)}")
 
-    def readable(self, entries: list[dict]) -> list[dict]:
-        """``entries``, without the files that do not decode where ``on_error='skip'``."""
-        if self.on_error == 'raise':
-            return entries
-
-        def failure(entry: dict) -> str:
-            try:
-                decode_image(entry['path'], self.mode, CHECK_SIZE)
-            except (ValueError, FileNotFoundError) as error:
-                return str(error)
-            return ''
-
-        with ThreadPoolExecutor(CHECK_THREADS) as pool:
-            failures = list(pool.map(failure, entries))
-        self.skipped = [str(entry['path']) for entry, text in zip(entries, failures) if text]
-        if self.skipped:
-            first = next(filter(None, failures))
-            logger.warning('%s: %d of %d images do not decode and are skipped; the first: %s', self._what,
-                           len(self.skipped), len(entries), first)
-        return [entry for entry, text in zip(entries, failures) if not text]
+    def _failure(self, index: int) -> str:
+        path = self._data_list[index].get('path')
+        if path is None:
+            return super()._failure(index)
+        try:
+            decode_image(path, self.mode, CHECK_SIZE)
+        except DATA_ERRORS as error:
+            return str(error)
+        return ''
 
     def _start(self, index: int) -> dict:
         entry, name = self._data_list[index], self._name(index)
@@ -268,7 +246,7 @@ class ImageFolder(ImageDataset):
         entries = [dict(path=file, label=label, name=str(file.relative_to(self.data_root)))
                    for label, name in enumerate(self._metainfo['classes'])
                    for folder in self._folders(name) for file in images_in(folder)]
-        return self.readable(entries)
+        return entries
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ewa3d.datasets.announced import check_announced
+from ewa3d.datasets.announced import check_announced, check_archive, check_unpacked
 from ewa3d.datasets.text import read_rows
 
 __all__ = ['Cloud', 'Mesh', 'EXTENSIONS', 'read_cloud', 'read_off', 'sample_mesh', 'as_cloud', 'read_h5',
@@ -149,6 +149,7 @@ def read_npy(path: Path) -> Cloud:
 
 def read_npz(path: Path) -> Cloud:
     """The array named ``points``, ``data``, ``xyz`` or ``arr_0``, or the only one."""
+    check_archive(path)
     with np.load(path, allow_pickle=False) as file:
         return Cloud(file[pick_key(file.files, path)])
 
@@ -157,8 +158,9 @@ def read_h5_cloud(path: Path) -> Cloud:
     """One cloud a file, under the key ``points``, ``data``, ``xyz``, or the only one."""
     import h5py
     with open_h5(path) as file:
-        keys = [key for key in file if isinstance(file[key], h5py.Dataset)]
-        return Cloud(file[pick_key(keys, path)][()])
+        keys = [key for key in file if isinstance(file.get(key, getlink=True), h5py.ExternalLink)
+                or isinstance(file[key], h5py.Dataset)]
+        return Cloud(own_array(file, pick_key(keys, path), path)[()])
 
 
 def pick_key(keys, path: Path) -> str:
@@ -194,13 +196,22 @@ def read_h5(path: Path, *keys: str) -> list[np.ndarray]:
             if key not in file:
                 raise ValueError(f'{path}: has no key {key!r}, only {sorted(file)}')
         try:
-            arrays = [file[key] for key in keys]
-            for key, array in zip(keys, arrays):
-                if getattr(array, 'shape', None) is None:
-                    raise ValueError(f'{path}: {key!r} is a group or holds nothing, an array was expected')
+            arrays = [own_array(file, key, path) for key in keys]
             return [array[()] for array in arrays]
         except (OSError, KeyError, MemoryError) as error:  # a link to nothing; a shape that no memory holds
             raise ValueError(f'{path}: cannot be read, perhaps cut off: {error}') from error
+
+
+def own_array(file, key: str, path: Path):
+    """The array ``key`` of an open h5 file, which has to lie in that file and to be as large as it says."""
+    import h5py
+    array = None if isinstance(file.get(key, getlink=True), h5py.ExternalLink) else file[key]
+    if array is None or getattr(array, 'external', None) or getattr(array, 'is_virtual', False):
+        raise ValueError(f'{path}: {key!r} is a link into another file, which is not followed')
+    if getattr(array, 'shape', None) is None:
+        raise ValueError(f'{path}: {key!r} is a group or holds nothing, an array was expected')
+    check_unpacked(path, array.size * array.dtype.itemsize, array.id.get_storage_size())
+    return array
 
 
 def read_off(path: Path) -> Mesh:
@@ -242,10 +253,12 @@ def off_words(words: list[str], num_vertices: int, num_faces: int) -> Mesh | Non
     if num_vertices < 0 or num_faces < 0 or not all(word.isdecimal() for word in words[at:]):
         return None
     for _ in range(num_faces):
-        size = 1 + int(words[at]) if at < len(words) else 0
+        if at >= len(words):
+            return None
+        size = 1 + int(words[at])
         faces.append(' '.join(words[at:at + size]))
         at += size
-    if at != len(words) or '' in faces:
+    if at != len(words):
         return None
     return Mesh(np.array(words[:3 * num_vertices], dtype=np.float64).reshape(-1, 3), off_faces(faces))
 

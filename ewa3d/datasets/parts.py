@@ -349,7 +349,7 @@ def detect_layout(root: Path, categories: Mapping[str, str]) -> str:
 def read_json(file: Path):
     try:
         return json.loads(file.read_text('utf-8-sig'))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{file}: is no JSON: {error}') from error
 
 

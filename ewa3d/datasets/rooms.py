@@ -230,6 +230,7 @@ class SyntheticScenes(SceneDataset):
 
     METAINFO: ClassVar[dict] = dict(classes=tuple(MAKERS), up_axis='z')
     SPLITS = ('train', 'val', 'test')
+    NAMED = False
 
     def __init__(self, num_samples: int | None = None, num_points: int = 4096, split: str = 'train',
                  data_seed: int = 0, in_memory: bool = True, scene_cfg: dict | None = None, **kwargs):

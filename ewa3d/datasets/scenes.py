@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ewa3d.checks import is_number
+from ewa3d.datasets.announced import check_archive
 from ewa3d.datasets.base import PointDataset, require_folder
 from ewa3d.datasets.io import EXTENSIONS, as_cloud, read_cloud
 from ewa3d.datasets.modelnet import read_lines
@@ -77,6 +78,7 @@ def read_array(path: Path, columns: int, key: str | None = None) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f'{path}: there is no such file')
     try:
+        check_archive(path)
         found = np.load(path, allow_pickle=False)
         if key is not None:
             with found as file:

@@ -266,6 +266,7 @@ class SyntheticShapes(PointDataset):
 
     METAINFO: ClassVar[dict] = dict(classes=tuple(PARTS), up_axis='z', parts=PART_IDS, part_names=PART_NAMES)
     SPLITS = ('train', 'val', 'test')
+    NAMED = False
 
     def __init__(self, num_samples: int | None = None, num_points: int = 1024, split: str = 'train',
                  data_seed: int = 0, in_memory: bool = True, shape_cfg: dict | None = None, **kwargs):

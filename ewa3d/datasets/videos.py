@@ -144,6 +144,7 @@ class MovingShapes(ClipDataset):
     """
     METAINFO: ClassVar[dict] = dict(classes=('left', 'right', 'up', 'down', 'clockwise', 'anticlockwise'))
     SPLITS = ('train', 'val', 'test')
+    NAMED = False
 
     def __init__(self, num_samples: int | None = None, num_frames: int = 8, size: int = 32, noise: float = 0.1,
                  split: str = 'train', data_seed: int = 0, **kwargs):

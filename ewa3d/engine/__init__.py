@@ -5,16 +5,19 @@ from ewa3d.engine import (
     checkpoint,
     display_hooks,
     dvae_hooks,
+    finite,
     hooks,
+    interrupt,
     optim,
     params,
     parts_hooks,
     pictures,
     pretrain_hooks,
     runner,
+    saving,
     schedules,
     validate,
 )
 
-__all__ = ['averaging', 'boxes_hooks', 'checkpoint', 'display_hooks', 'dvae_hooks', 'hooks', 'optim', 'params',
-           'parts_hooks', 'pictures', 'pretrain_hooks', 'runner', 'schedules', 'validate']
+__all__ = ['averaging', 'boxes_hooks', 'checkpoint', 'display_hooks', 'dvae_hooks', 'finite', 'hooks', 'interrupt',
+           'optim', 'params', 'parts_hooks', 'pictures', 'pretrain_hooks', 'runner', 'saving', 'schedules', 'validate']

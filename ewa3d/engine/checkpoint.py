@@ -10,8 +10,9 @@ it), or a ``.safetensors`` file with weights only. Keys:
     ``dataset_meta``, ``versions``, ``time``, ``metrics``, ``weights`` (``'raw'``, or ``'ema'`` when averaged);
 ``state_dict``
     the weights one would deploy: the averaged ones where the run has a model EMA;
-``ema_state_dict``, ``optimizer``, ``param_schedulers``, ``rng``, ``message_hub``, ``gradients``
-    what resuming needs (gradients only between two steps of an accumulation); absent in best and fused checkpoints.
+``ema_state_dict``, ``optimizer``, ``param_schedulers``, ``rng``, ``message_hub``, ``gradients``, ``epoch_scalars``
+    what resuming needs (gradients only between two steps of an accumulation, scalars only inside an epoch); absent in
+    best and fused checkpoints.
 
 Nothing in a file is ever executed: pickles are read with an allow-list, configs are data.
 """
@@ -29,15 +30,20 @@ import torch
 from torch import Tensor, nn
 
 from ewa3d.checks import some
+from ewa3d.engine.bounds import check_archive, check_tree
 from ewa3d.engine.plain import checksum, storable, to_plain
 from ewa3d.files import atomic_write, check_writable
 from ewa3d.layers.experts import iter_experts
 
 __all__ = ['FORMAT_VERSION', 'SUFFIXES', 'check_target', 'read_checkpoint', 'write_checkpoint', 'select_weights',
-           'load_model_state', 'load_any', 'find_last_checkpoint']
+           'load_model_state', 'load_any', 'find_last_checkpoint', 'NewerFormatError']
 
 FORMAT_VERSION = 1
 SUFFIXES = ('.pth', '.safetensors')
+
+
+class NewerFormatError(ValueError):
+    """A checkpoint of a later release: not damaged, but not readable here."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,8 +92,34 @@ def write_checkpoint(path: str | Path, state_dict: Mapping, meta: Mapping | None
     checkpoint = dict(format_version=FORMAT_VERSION, meta=meta, state_dict=weights,
                       **{k: storable(v, k) for k, v in parts.items()})
     checkpoint['checksum'] = checksum(checkpoint)
-    atomic_write(path, lambda file: torch.save(checkpoint, file))
+    atomic_write(path, lambda file: _save(checkpoint, file))
     return path
+
+
+class _Sink:
+    """A file for torch's writer, which is C++ and may take the process down when a write raises: the first error is
+    kept for later, and what comes after it goes nowhere."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed by who opened it."""
+
+
+def _save(checkpoint: dict, file) -> None:
+    sink = _Sink(file)
+    torch.save(checkpoint, sink)
+    if sink.error is not None:
+        raise sink.error
 
 
 def _write_safetensors(path: Path, weights: dict, meta: dict) -> None:
@@ -140,6 +172,10 @@ def read_checkpoint(path: str | Path, map_location='cpu') -> dict:
     if path.stat().st_size == 0:
         raise ValueError(f'checkpoint {path} is empty')
     checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
+    try:
+        check_tree(checkpoint, path.stat().st_size)
+    except ValueError as error:
+        raise ValueError(f'checkpoint {path} holds what no checkpoint of ewa3d does ({error})') from None
     if 'format_version' in checkpoint:
         _verify(checkpoint, path)
     _check_entries(checkpoint, path)
@@ -148,6 +184,7 @@ def read_checkpoint(path: str | Path, map_location='cpu') -> dict:
 
 def _read_pickle(path: Path) -> dict:
     try:
+        check_archive(path)
         with torch.serialization.safe_globals(_inert_classes()):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
@@ -172,8 +209,8 @@ def _read_safetensors(path: Path) -> dict:
             header = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         checkpoint = dict(state_dict=weights, meta=json.loads(header.get('meta', '{}')))
-        if 'format_version' in header:
-            checkpoint.update(format_version=int(header['format_version']), checksum=header.get('checksum'))
+        if {'format_version', 'checksum'} & header.keys():  # one is enough: the other name may be what is damaged
+            checkpoint.update(format_version=int(header.get('format_version', 0)), checksum=header.get('checksum'))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f'checkpoint {path} cannot be read; it is truncated, corrupt or no safetensors file '
                          f'({_detail(error)})') from None
@@ -193,8 +230,8 @@ def _verify(checkpoint: dict, path: Path) -> None:
     if not isinstance(version, int) or version < 1:
         raise ValueError(f'checkpoint {path} has format_version {version!r}; a positive integer was expected')
     if version > FORMAT_VERSION:
-        raise ValueError(f'checkpoint {path} has format version {version}, this ewa3d reads up to {FORMAT_VERSION}; '
-                         'it was written by a newer release')
+        raise NewerFormatError(f'checkpoint {path} has format version {version}, this ewa3d reads up to '
+                               f'{FORMAT_VERSION}; it was written by a newer release')
     for key in ('meta', 'state_dict'):
         if key not in checkpoint:
             raise ValueError(f'checkpoint {path} has no {key!r}')
@@ -211,7 +248,8 @@ _TYPES = {'meta': (Mapping, 'a dict'), 'meta.dataset_meta': (Mapping, 'a dict'),
           'meta.dataset_meta.classes': (list, 'a list'), 'meta.epoch': (int, 'an integer'),
           'meta.iter': (int, 'an integer'), 'meta.seed': (int, 'an integer'), 'meta.epoch_length': (int, 'an integer')}
 _TYPES_OF_OURS = {'ema_state_dict': (Mapping, 'a dict'), 'optimizer': (Mapping, 'a dict'), 'rng': (list, 'a list'),
-                  'message_hub': (Mapping, 'a dict'), 'gradients': (list, 'a list')}
+                  'message_hub': (Mapping, 'a dict'), 'gradients': (list, 'a list'),
+                  'epoch_scalars': (Mapping, 'a dict')}
 
 
 def _check_entries(checkpoint: dict, path: Path) -> None:

@@ -8,25 +8,25 @@ import json
 import os
 import random
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.dist import all_gather_object, get_rank, is_main_process
-from mmengine.fileio import LocalBackend
-from mmengine.hooks import CheckpointHook as _CheckpointHook
 from mmengine.hooks import Hook
 from mmengine.hooks import LoggerHook as _LoggerHook
 from mmengine.model import is_model_wrapper
+from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
-from ewa3d.checks import check_integer
+from ewa3d.checks import check_integer, some
+from ewa3d.datasets.base import shared_ids
 from ewa3d.engine.averaging import attach_ewa, expert_spread
+from ewa3d.engine.saving import CheckpointHook
 from ewa3d.evaluation import is_of_one_class
-from ewa3d.files import atomic_write
-from ewa3d.registry import HOOKS, nearest
+from ewa3d.files import append_line, atomic_write
+from ewa3d.registry import HOOKS
 
 __all__ = ['EWAHook', 'RNGStateHook', 'DatasetEpochHook', 'MetricsHook', 'CheckpointHook', 'LoggerHook',
            'get_rng_state', 'optimizer_steps', 'set_rng_state', 'seed_rank', 'unwrapped']
@@ -181,12 +181,19 @@ class RNGStateHook(Hook):
 @HOOKS.register_module()
 class DatasetEpochHook(Hook):
     """Tells the training data the run's seed and the epoch, from which (with the index) each sample's augmentation
-    follows. A data set with a seed of its own keeps it."""
+    follows. A data set with a seed of its own keeps it. Warns of samples that training shares with validation."""
 
     def before_train(self, runner) -> None:
-        for dataset in walk_datasets(runner.train_dataloader.dataset):
+        training = list(walk_datasets(runner.train_dataloader.dataset))
+        for dataset in training:
             if getattr(dataset, 'seed', 0) is None:
                 dataset.seed = runner.seed
+        validation = getattr(runner, 'val_loop', None)
+        if validation is not None and is_main_process():
+            shared = shared_ids(training, walk_datasets(validation.dataloader.dataset))
+            if shared:
+                runner.logger.warning(f'{len(shared)} samples are in the training and in the validation data, so the '
+                                      f'validation is too good: {some(shared)}')
 
     def before_train_epoch(self, runner) -> None:
         for dataset in walk_datasets(runner.train_dataloader.dataset):
@@ -215,11 +222,24 @@ class MetricsHook(Hook):
     write again.
     """
     priority = 'BELOW_NORMAL'
-    LAST = ('lr', 'base_lr', 'share_rate', 'temperature', 'kl_weight')
+    LAST = ('lr', 'base_lr', 'share_rate', 'temperature', 'kl_weight', 'skipped_steps')
 
     def __init__(self):
         self._started = self._eval_started = 0.0
         self._lengths: dict[str, int] = {}
+        self._resumed: dict[str, list] = {}
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Inside an epoch, what the mean over it is made of."""
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and checkpoint['meta']['iter'] % len(
+                runner.train_dataloader):
+            checkpoint['epoch_scalars'] = {
+                name: history.data[0][self._lengths.get(name, 0):].tolist()
+                for name, history in runner.message_hub.log_scalars.items() if name.startswith('train/')}
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if runner._resume:
+            self._resumed = checkpoint.get('epoch_scalars') or {}
 
     def before_train(self, runner) -> None:
         if is_main_process():
@@ -228,6 +248,10 @@ class MetricsHook(Hook):
     def before_train_epoch(self, runner) -> None:
         self._started = time.perf_counter()
         self._lengths = {name: len(history.data[0]) for name, history in runner.message_hub.log_scalars.items()}
+        for name, values in self._resumed.items():
+            for value in values:
+                runner.message_hub.update_scalar(name, value)
+        self._resumed = {}
 
     def after_train_epoch(self, runner) -> None:
         line = {}
@@ -264,8 +288,7 @@ class MetricsHook(Hook):
             return
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float, np.number))}
         line = dict(mode=mode, epoch=epoch, iter=runner.iter, **numbers, time=round(seconds, 3))
-        with open(self._path(runner), 'a', encoding='utf-8') as file:
-            file.write(json.dumps(line) + '\n')
+        append_line(self._path(runner), json.dumps(line))
 
 
 def _trim_metrics(path: Path, runner) -> None:
@@ -323,86 +346,3 @@ def _table(metrics) -> str:
     rows = {k.rpartition('acc/')[2]: v for k, v in (metrics or {}).items() if is_of_one_class(k)}
     width = max(map(len, rows), default=0)
     return '\n'.join(f'  {name:<{width}}  {value:6.2f}' for name, value in rows.items())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-class _KeepingBackend(LocalBackend):
-    """Notes what is to be removed and leaves it there."""
-
-    def __init__(self):
-        super().__init__()
-        self.outdated: list[str] = []
-
-    def remove(self, filepath) -> None:
-        self.outdated.append(str(filepath))
-
-
-@HOOKS.register_module()
-class CheckpointHook(_CheckpointHook):
-    """mmengine's, with three differences: an old checkpoint is removed only after the new one is complete, the pointer
-    ``last_checkpoint`` is replaced atomically, and the metrics of point clouds are known to be better when greater.
-
-    Args:
-        interval: save every so many epochs (iterations with ``by_epoch=False``).
-        max_keep_ckpts: how many are kept; -1 keeps all.
-        save_best: a metric, e.g. ``'OA'``: also keep ``best_OA_epoch_N.pth``, chosen on the validation split.
-        Others: as mmengine's.
-    """
-    _default_greater_keys = [*_CheckpointHook._default_greater_keys, 'OA', 'IoU', 'AP']  # noqa: RUF012
-
-    def __init__(self, interval: int = 1, by_epoch: bool = True, save_optimizer: bool = True,
-                 save_param_scheduler: bool = True, out_dir=None, max_keep_ckpts: int = -1, save_last: bool = True,
-                 save_best=None, rule=None, greater_keys=None, less_keys=None, filename_tmpl: str | None = None,
-                 save_begin: int = 0):  # spelled out, because mmengine's takes any keyword without a word
-        super().__init__(interval=interval, by_epoch=by_epoch, save_optimizer=save_optimizer,
-                         save_param_scheduler=save_param_scheduler, out_dir=out_dir, max_keep_ckpts=max_keep_ckpts,
-                         save_last=save_last, save_best=save_best, rule=rule, greater_keys=greater_keys,
-                         less_keys=less_keys, filename_tmpl=filename_tmpl, save_begin=save_begin)
-
-    def before_train(self, runner) -> None:
-        self.out_dir = self.out_dir or runner.work_dir
-        self.file_backend = LocalBackend()
-        if self.save_best is not None:
-            info = runner.message_hub.get_info
-            if len(self.key_indicators) == 1:
-                self.best_ckpt_path = info('best_ckpt')
-            else:
-                self.best_ckpt_path_dict = {key: info(f'best_ckpt_{key}') for key in self.key_indicators}
-        if self.max_keep_ckpts > 0:
-            kept = list(runner.message_hub.get_info('keep_ckpt_ids') or [])
-            self.keep_ckpt_ids = deque(kept[-self.max_keep_ckpts:], self.max_keep_ckpts)
-
-    def _save_best_checkpoint(self, runner, metrics) -> None:
-        """As mmengine's, but the previous best is removed only once the new one is complete."""
-        for key in self.key_indicators if self.save_best else ():
-            if key != 'auto' and key not in metrics:
-                raise KeyError(f'save_best={key!r} is no metric of the validation; {nearest(key, metrics)}')
-        backend, self.file_backend = self.file_backend, _KeepingBackend()
-        try:
-            super()._save_best_checkpoint(runner, metrics)
-            outdated = self.file_backend.outdated
-        finally:
-            self.file_backend = backend
-        current = {value for key, value in runner.message_hub.runtime_info.items() if key.startswith('best_ckpt')}
-        for path in set(outdated) - current:  # after a resume, the same epoch may be the best once more
-            Path(path).unlink(missing_ok=True)
-
-    def _save_checkpoint_with_step(self, runner, step, meta) -> None:
-        name = self.filename_tmpl.format(step)
-        outdated = []
-        if self.max_keep_ckpts > 0 and not (self.keep_ckpt_ids and self.keep_ckpt_ids[-1] == step):
-            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
-                outdated.append(self.keep_ckpt_ids.popleft())
-            self.keep_ckpt_ids.append(step)
-            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
-        self.last_ckpt = os.path.join(self.out_dir, name)
-        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        runner.save_checkpoint(self.out_dir, name, save_optimizer=self.save_optimizer,
-                               save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch)
-        if not is_main_process():
-            return
-        atomic_write(Path(runner.work_dir) / 'last_checkpoint', self.last_ckpt)
-        for old in outdated:
-            Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)

@@ -3,15 +3,41 @@ import math
 from contextlib import contextmanager
 
 import torch
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper as _OptimWrapper
 from mmengine.optim.scheduler import _ParamScheduler
 from torch import Tensor, nn
 
 from ewa3d.registry import OPTIM_WRAPPERS, PARAM_SCHEDULERS
 
-__all__ = ['AutocastOptimWrapper', 'WarmupCosineLR']
+__all__ = ['AutocastOptimWrapper', 'OptimWrapper', 'WarmupCosineLR']
 
 INF = int(1e9)
+
+
+@OPTIM_WRAPPERS.register_module()
+class OptimWrapper(_OptimWrapper):
+    """mmengine's, which asks before a step whether it may be taken.
+
+    Attributes:
+        guard: ``None``, or what is asked, :class:`ewa3d.engine.finite.FiniteHook`.
+    """
+    guard = None
+
+    def update_params(self, loss: Tensor, step_kwargs: dict | None = None, zero_kwargs: dict | None = None) -> None:
+        if self.guard is not None:
+            self.guard.see(loss)
+        super().update_params(loss, step_kwargs, zero_kwargs)
+
+    def step(self, **kwargs) -> None:
+        if self.guard is None or self.guard.allows(self._gradients()):
+            self._step(**kwargs)
+
+    def _step(self, **kwargs) -> None:
+        super().step(**kwargs)
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradients that have to be finite."""
+        return [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -50,12 +76,15 @@ class AutocastOptimWrapper(OptimWrapper):
         self.scaler.scale(loss).backward(**kwargs)
         self._inner_count += 1
 
-    def step(self, **kwargs) -> None:
+    def _step(self, **kwargs) -> None:
         if self.clip_grad_kwargs:
             self.scaler.unscale_(self.optimizer)
             self._clip_grad()
         self.scaler.step(self.optimizer, **kwargs)
         self.scaler.update()
+
+    def _gradients(self) -> list[Tensor]:
+        return [] if self.scaler.is_enabled() else super()._gradients()  # overflow is the scaler's to see
 
     def state_dict(self) -> dict:
         state = super().state_dict()

@@ -26,6 +26,8 @@ from ewa3d.engine.checkpoint import find_last_checkpoint, load_any, read_checkpo
 from ewa3d.engine.derive import check_save_best, fill_num_classes, selection
 from ewa3d.engine.environment import check_device, check_launcher, describe_environment, init_gloo, versions
 from ewa3d.engine.hooks import unwrapped
+from ewa3d.engine.intact import damage, find_intact_checkpoint
+from ewa3d.engine.interrupt import catch_signals
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.plain import to_plain
@@ -39,7 +41,7 @@ __all__ = ['Runner']
 
 _RUNS = itertools.count()  # two runs of one process must not share a logger or a message hub
 # What a resumed run needs from the message hub.
-_KEPT_INFO = ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt', 'validated_iter')
+_KEPT_INFO = ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt', 'validated_iter', 'skipped')
 
 
 @RUNNERS.register_module()
@@ -78,6 +80,7 @@ class Runner(_Runner):
                  randomness=None, cfg=None, **kwargs):
         self.selection = selection(cfg or {}) if train_cfg is not None else ('given', 'a checkpoint is evaluated')
         self.last_metrics: dict = {}
+        self.interruption = None  # while training: which signal came
         name = experiment_name or Path((cfg and cfg.filename) or 'run').stem
         super().__init__(model, work_dir, train_cfg=train_cfg, experiment_name=f'{name}-{next(_RUNS)}',
                          default_scope=default_scope, randomness=dict(randomness or dict(seed=0)), cfg=cfg, **kwargs)
@@ -136,6 +139,7 @@ class Runner(_Runner):
         defaults = dict(rng=dict(type='RNGStateHook'), dataset_epoch=dict(type='DatasetEpochHook'),
                         metrics=dict(type='MetricsHook'), logger=dict(type='LoggerHook'),
                         progress=dict(type='ProgressHook'), report=dict(type='ReportHook'),
+                        finite=dict(type='FiniteHook'), interrupt=dict(type='InterruptHook'),
                         checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3))
         if self.distributed:
             defaults['sync_buffers'] = dict(type='SyncBuffersHook')
@@ -223,11 +227,13 @@ class Runner(_Runner):
         log_start(self)
         start = time.perf_counter()
         try:
-            model = super().train()
+            with catch_signals() as self.interruption:
+                model = super().train()
             if self._val_loop is None and self._test_loop is not None:
                 self._test_loop = self.build_test_loop(self._test_loop)
                 self.last_metrics = self.test_loop.run()
         finally:
+            self.interruption = None
             close_displays(self)
             self._release_workers()
         log_result(self)
@@ -256,11 +262,13 @@ class Runner(_Runner):
             return
         path = None
         if self._resume:
-            path = find_last_checkpoint(self._work_dir) if self._resume is True else self._resume
+            path = find_intact_checkpoint(self._work_dir) if self._resume is True else self._resume
             if path is None:
                 self.logger.info(f'nothing to resume in {self._work_dir}: starting from scratch')
                 self._resume = False
         if path is not None:
+            if self._resume is True and path != (last := find_last_checkpoint(self._work_dir)):
+                self.logger.warning(f'{damage(last).rstrip(".")}. Going on from {path}, the newest intact one')
             self.resume(str(path))
         else:
             if self._load_from is not None:
@@ -361,7 +369,7 @@ class Runner(_Runner):
         hub = self.message_hub.runtime_info
         checkpoint['message_hub'] = {k: to_plain(v, k) for k, v in hub.items() if k.startswith(_KEPT_INFO)}
         if not save_optimizer:  # weights to use, not a state to resume
-            for key in ('rng', 'message_hub'):
+            for key in ('rng', 'message_hub', 'epoch_scalars'):
                 checkpoint.pop(key, None)
         checkpoint['meta'] = self._meta(checkpoint)
         write_checkpoint(Path(out_dir) / filename, **checkpoint)
