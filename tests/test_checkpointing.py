@@ -11,7 +11,7 @@ from ewa3d.registry import MODELS
 RULES = {
     'plain': [],
     'EWA': [dict(type='EWAFFN', at='blocks.*.mlp', num_experts=3)],
-    'EWA, scope sample': [dict(type='EWAFFN', at='blocks.*.mlp', num_experts=3, scope='sample')],
+    'EWA, partition of a sample': [dict(type='EWAFFN', at='blocks.*.mlp', num_experts=3, partition='sample')],
     'RePaViT': [dict(type='RePaFFN', at='blocks.*')],
     'MoE': [dict(type='MoEFFN', at='blocks.*.mlp', num_experts=3)],
 }

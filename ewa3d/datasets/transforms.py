@@ -86,7 +86,9 @@ class Normalize:
     def __call__(self, results: dict) -> dict:
         without_boxes(results, 'models of scenes take metres')
         xyz = results['points'][:, :3]
-        xyz = np.ldexp(xyz, -np.frexp(np.abs(xyz).max())[1])  # to about 1, exactly: squares must not leave the range
+        exponent = np.frexp(np.maximum(xyz.max(), -xyz.min()))[1]
+        if abs(exponent) > 16:
+            xyz = np.ldexp(xyz, -exponent)  # to about 1, exactly: squares must not leave the range
         xyz = xyz - xyz[0]  # near the origin a sum in single precision is exact enough
         xyz -= np.full(len(xyz), 1 / len(xyz), xyz.dtype) @ xyz  # the mean; several times faster than mean(0)
         radius = np.sqrt(np.einsum('ij,ij->i', xyz, xyz).max())
@@ -332,9 +334,12 @@ class Pack:
         self.category = bool(category)
 
     def __call__(self, results: dict) -> dict:
-        sample = Sample(metainfo={key: results[key] for key in ('name', 'index') if key in results})
+        sample = Sample()
+        for key in ('name', 'index'):
+            if key in results:
+                sample.set_field(results[key], key, field_type='metainfo')  # Sample(metainfo=…) would copy deeply
         if results.get('label') is not None:
-            sample.gt_label = torch.tensor(int(results['label']))
+            sample.gt_label = torch.from_numpy(np.array(results['label'], np.int64))  # faster than tensor()
         for key, name in (('parts', 'gt_parts'), ('all_parts', 'gt_all_parts'), ('rows', 'rows')):
             if results.get(key) is not None:
                 setattr(sample, name, torch.from_numpy(np.array(results[key], dtype=np.int64)))
