@@ -4,7 +4,10 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from ewa3d import files
+from ewa3d.datasets.io import import_open3d
 from ewa3d.engine.runner import Runner
 
 OPERATIONS = ('open', 'fsync', 'ftruncate', 'chmod', 'replace')
@@ -117,3 +120,12 @@ def train(cfg: dict, fault: Fault) -> None:
 
     runner.call_hook = counting
     runner.train()
+
+
+def need_open3d() -> None:
+    """Import it, or skip the test: here, because it takes more memory than a fork may, and more than a plain import."""
+    pytest.importorskip('libusb_package')
+    try:
+        import_open3d()
+    except ImportError as error:
+        pytest.skip(f'open3d: {error}')

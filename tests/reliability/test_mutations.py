@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from faults import need_open3d
 
 from ewa3d.datasets import transforms as T
 from ewa3d.datasets.folder import FolderPointCloud
@@ -94,7 +95,7 @@ def in_a_fork(folder: Path, suffix: str, mutants: list[bytes]) -> list:
 @pytest.mark.parametrize('suffix', FORMATS)
 def test_mutated_files(tmp_path, suffix):
     if suffix in OPEN3D:
-        pytest.importorskip('open3d')
+        need_open3d()
     whole, rng = tmp_path / f'whole.{suffix}', random.Random(suffix)
     FORMATS[suffix](whole)
     assert not verdict(whole) and len(read_cloud(whole).points) >= 12
