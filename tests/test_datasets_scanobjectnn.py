@@ -143,7 +143,7 @@ def test_what_cannot_be_read_names_the_file(root):
     write(root / TRAIN, **{**arrays(4), 'data': None})
     with h5py.File(root / TRAIN, 'a') as file:
         file.create_dataset('data', (3, 10**15, 3), 'f4', chunks=(1, 1024, 3))
-    with pytest.raises(ValueError, match=r'scale75\.h5: cannot be read'):
+    with pytest.raises(ValueError, match=r'scale75\.h5: (cannot be read|0 bytes that unpack to)'):
         make(root)
 
 

@@ -88,6 +88,10 @@ class ReportHook(Hook):
 
     def __init__(self):
         self._tested: dict | None = None
+        self._trained = False
+
+    def before_train(self, runner) -> None:
+        self._trained = True
 
     def after_train(self, runner) -> None:
         if runner._val_loop is not None:
@@ -100,7 +104,7 @@ class ReportHook(Hook):
         self._tested = {key: value for key, value in (metrics or {}).items() if isinstance(value, (int, float))}
 
     def after_test(self, runner) -> None:
-        self.write(runner, runner.test_loop.evaluator, self._tested if runner._train_loop is None else None)
+        self.write(runner, runner.test_loop.evaluator, None if self._trained else self._tested)
 
     def write(self, runner, evaluator=None, tested: Mapping | None = None) -> None:
         """Write both files. What goes wrong here is a warning: the run itself is done."""

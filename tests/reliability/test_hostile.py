@@ -137,12 +137,12 @@ def tensor_of_one_number(folder):
 
 @hostile('x.pth', read_checkpoint)
 def packed_checkpoint(folder):
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(saved(dict(a=torch.zeros(10 ** 6))))) as old, \
-            zipfile.ZipFile(out, 'w', zipfile.ZIP_DEFLATED) as new:
-        for info in old.infolist():
-            new.writestr(info.filename, old.read(info))
-    return out.getvalue()
+    with zipfile.ZipFile(folder / 'x.pth', 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (('data.pkl', b'\x80\x02}.'), ('version', b'3')):
+            archive.writestr(f'x/{name}', content)
+        with archive.open('x/data/0', 'w', force_zip64=True) as file:
+            for _ in range(42):
+                file.write(bytes(8 * 10 ** 6))
 
 
 def npy_header(shape: tuple) -> bytes:
