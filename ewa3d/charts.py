@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ewa3d.visualization import INK, MUTED, PALETTE
+from ewa3d.figures import INK, MUTED, PALETTE
 
 __all__ = ['STYLE', 'confusion_table', 'line_chart', 'line_charts', 'page', 'table']
 

@@ -1,4 +1,4 @@
-"""Pictures of clouds, predictions, curves and confusion matrices as PNG, clouds as PLY; no display needed.
+"""Pictures of clouds, images and predictions as PNG, clouds as PLY; no display needed. Curves: :mod:`ewa3d.figures`.
 
 Clouds are drawn by an own orthographic projection: rotate, sort by depth, scatter. That is quicker than a 3-D axis and
 keeps the aspect equal. matplotlib is imported on first use and only through figure objects with the Agg canvas, so
@@ -7,26 +7,29 @@ nothing here touches pyplot's global state or a caller's backend.
 Every writer returns the path, creates missing folders and replaces the file in one step: a reader sees the old file
 or the new one, never half of one.
 """
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from ewa3d.figures import (
+    INK,
+    PALETTE,
+    as_numpy,
+    draw_confusion,
+    draw_curves,
+    new_figure,
+    save_figure,
+    write_heading,
+)
 from ewa3d.files import atomic_write
 from ewa3d.registry import nearest
 
 __all__ = ['draw_clouds', 'draw_images', 'draw_predictions', 'draw_reconstructions', 'draw_curves',
            'draw_confusion', 'part_cells', 'write_ply', 'palette']
 
-INK, MUTED = '#23272f', '#8a919c'
 RIGHT, WRONG, PLAIN, MADE, GREY = '#1f8a70', '#d1495b', '#3a6ea5', '#e07b39', '#b9bec6'
-# Twelve colours that stay apart in print and for most colour-blind readers; more labels repeat them.
-PALETTE = ('#3a6ea5', '#e07b39', '#1f8a70', '#d1495b', '#7b5ea7', '#d4a017', '#4aa8c0', '#8c564b', '#6b8e23', '#c770a8',
-           '#5b6c8f', '#b35c1e')
-NO_DATE = {'.png': 'Software', '.svg': 'Date', '.pdf': 'CreationDate'}  # suffix → what changes from file to file
 UP_AXES = {'x': (1, 2, 0), 'y': (2, 0, 1), 'z': (0, 1, 2)}  # even permutations: no mirror image
 
 
@@ -68,7 +71,7 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
     each = max(1, int(width / 1.2))  # entries of the legend in a line
     top = (0.45 if heading else 0.08) + 0.2 * math.ceil(len(legend or ()) / each)
     height = rows * (size + line) + top
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     for i, points in enumerate(arrays):
         row, column = divmod(i, columns)
         bottom = height - top - (row + 1) * (size + line) + line
@@ -79,12 +82,12 @@ def draw_clouds(clouds: Sequence, path, *, titles: Sequence[str] | None = None, 
             figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, title, color=title_colors[i],
                         ha='center', va='top', fontsize=9)
     if heading:
-        _write_heading(figure, heading, width, height)
+        write_heading(figure, heading, width, height)
     for i, (name, color) in enumerate((legend or {}).items()):
         row, column = divmod(i, each)
         figure.text((column + 0.5) / min(each, len(legend)), 1 - (0.2 * row + (0.42 if heading else 0.05)) / height,
                     f'■ {name}', ha='center', va='top', fontsize=9, color=color)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_images(images: Sequence, path, *, titles: Sequence[str] | None = None,
@@ -99,7 +102,7 @@ def draw_images(images: Sequence, path, *, titles: Sequence[str] | None = None,
     Raises:
         ValueError: no image, one of another shape or of values out of range, or lists of different lengths.
     """
-    arrays = [_numpy(image) for image in listed(images, 'images')]
+    arrays = [as_numpy(image) for image in listed(images, 'images')]
     for i, array in enumerate(arrays):
         if array.ndim != 3 or array.shape[2] != 3 or not array.size:
             raise ValueError(f'images[{i}] has shape {array.shape}; expected (H, W, 3)')
@@ -110,7 +113,7 @@ def draw_images(images: Sequence, path, *, titles: Sequence[str] | None = None,
     columns = min(columns or min(8, math.ceil(math.sqrt(count))), count)
     rows, top, line = math.ceil(count / columns), 0.45 if heading else 0.08, 0.30 if any(titles) else 0.05
     width, height = columns * size, rows * (size + line) + top
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     for i, array in enumerate(arrays):
         row, column = divmod(i, columns)
         bottom = height - top - (row + 1) * (size + line) + line
@@ -120,8 +123,8 @@ def draw_images(images: Sequence, path, *, titles: Sequence[str] | None = None,
         figure.text((column + 0.5) * size / width, (bottom - 0.04) / height, titles[i], color=title_colors[i],
                     ha='center', va='top', fontsize=9)
     if heading:
-        _write_heading(figure, heading, width, height)
-    return _save(figure, path)
+        write_heading(figure, heading, width, height)
+    return save_figure(figure, path)
 
 
 def draw_predictions(clouds: Sequence, truth: Sequence[int], predicted: Sequence[int], classes: Sequence[str], path,
@@ -185,7 +188,7 @@ def part_cells(clouds: Sequence, truth: Sequence, predicted: Sequence, names: Se
     cells = []
     for i, (name, true, found) in enumerate(zip(names, per_cloud(truth, len(clouds), None, 'truth'),
                                                 per_cloud(predicted, len(clouds), None, 'predicted'))):
-        true, found = (_numpy(labels).astype(np.int64) for labels in (true, found))
+        true, found = (as_numpy(labels).astype(np.int64) for labels in (true, found))
         if true.shape != found.shape:
             raise ValueError(f'clouds[{i}] has {true.shape} true and {found.shape} predicted labels; expected as many')
         errors = np.where((true == found)[:, None], _rgb(GREY), _rgb(WRONG))
@@ -194,79 +197,6 @@ def part_cells(clouds: Sequence, truth: Sequence, predicted: Sequence, names: Se
                   (clouds[i], errors, f'{share:.1f} % wrong')]
     points, colors, titles = map(list, zip(*cells))
     return dict(clouds=points, colors=colors, titles=titles, columns=3)
-
-
-def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', heading: str = '',
-                columns: int = 4) -> Path:
-    """Line plots side by side, so many ``columns`` in a row, as a PNG, SVG or PDF.
-
-    Args:
-        panels: what the y axis shows → name of a curve → ``y`` values, or a pair ``(x, y)``. Non-finite values leave
-            a gap. A name has the same colour in every panel.
-    """
-    if not panels or not all(panels.values()):
-        raise ValueError('panels is empty or has a panel without curves; expected {"loss": {"run": values}}')
-    from matplotlib.ticker import MaxNLocator
-    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    tint = dict(zip(names, (PALETTE[i % len(PALETTE)] for i in range(len(names)))))
-    columns = min(columns, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = _figure(4.4 * columns, 3.2 * rows)
-    for i, (ylabel, curves) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        for name, values in curves.items():
-            x, y = _curve(values, f'panels[{ylabel!r}][{name!r}]')
-            marker = 'o' if len(x) < 25 else ''
-            axes.plot(x, y, color=tint[name], label=name, linewidth=1.8, marker=marker, markersize=3)
-        axes.set_xlabel(xlabel, color=INK)
-        axes.set_ylabel(ylabel, color=INK)
-        if all(float(x).is_integer() for line in axes.lines for x in line.get_xdata()):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color='#e4e7eb', linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.spines[['left', 'bottom']].set_color(MUTED)
-        axes.tick_params(colors=MUTED, labelcolor=INK)
-        axes.legend(frameon=False, fontsize='medium' if len(curves) < 5 else 'x-small')
-    if heading:
-        figure.suptitle(heading, color=INK, weight='bold')
-    _plain_text(figure).tight_layout()
-    return _save(figure, path)
-
-
-def draw_confusion(matrix, classes: Sequence[str], path, *, heading: str = '') -> Path:
-    """A confusion matrix of counts, rows the truth, columns the prediction, shaded by the share of its row.
-
-    Args:
-        path: where to, ``*.png``, ``*.svg`` or ``*.pdf``.
-
-    Shape:
-        - matrix: ``(K, K)`` non-negative counts, with ``K = len(classes)``.
-    """
-    counts = _numpy(matrix)
-    size = len(classes)
-    if counts.shape != (size, size) or size == 0:
-        raise ValueError(f'matrix has shape {counts.shape}; expected {(size, size)} for {size} classes')
-    if not np.isfinite(counts).all() or (counts < 0).any():
-        raise ValueError('matrix has negative or non-finite entries; expected counts')
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    inches = max(3.2, 1.6 + 0.42 * size)
-    figure = _figure(inches, inches)
-    axes = figure.add_subplot()
-    axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    if size <= 25:  # beyond that the numbers do not fit into the cells
-        for i, j in zip(*np.nonzero(counts)):
-            axes.text(j, i, f'{counts[i, j]:g}', ha='center', va='center', fontsize=7.5,
-                      color='white' if share[i, j] > 0.55 else INK)
-    axes.set_xticks(range(size), classes, rotation=45, ha='right', rotation_mode='anchor')
-    axes.set_yticks(range(size), classes)
-    axes.set_xlabel('predicted', color=INK)
-    axes.set_ylabel('true', color=INK)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelcolor=INK, labelsize=9 if size <= 25 else 6)
-    axes.set_title(heading, color=INK, weight='bold')
-    _plain_text(figure).tight_layout()
-    return _save(figure, path)
 
 
 def write_ply(path, points, colors=None) -> Path:
@@ -295,7 +225,7 @@ def write_ply(path, points, colors=None) -> Path:
 
 def palette(labels) -> np.ndarray:
     """RGB in [0, 1] for integer labels, ``(N,)`` → ``(N, 3)``; negative labels (ignored points) are grey."""
-    labels = _numpy(labels).astype(np.int64)
+    labels = as_numpy(labels).astype(np.int64)
     table = np.array([_rgb(color) for color in (*PALETTE, GREY)])
     return table[np.where(labels < 0, len(PALETTE), labels % len(PALETTE))]
 
@@ -331,7 +261,7 @@ def _view(up: str, azimuth: float, elevation: float) -> np.ndarray:
 
 
 def cloud_array(value, name: str) -> np.ndarray:
-    points = _numpy(value)
+    points = as_numpy(value)
     if points.ndim != 2 or points.shape[1] < 3 or len(points) == 0:
         raise ValueError(f'{name} has shape {points.shape}; expected (N, 3 + F) with N > 0')
     points = points[:, :3].astype(np.float64)
@@ -345,7 +275,7 @@ def point_colors(value, count: int, name: str) -> np.ndarray:
     """Any of the accepted colour forms → RGB in [0, 1], ``(count, 3)``."""
     if isinstance(value, str):
         return np.tile(_rgb(value), (count, 1))
-    array = _numpy(value)
+    array = as_numpy(value)
     if array.shape == (count,) and np.issubdtype(array.dtype, np.integer):
         return palette(array)
     if array.shape == (3,) and (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
@@ -357,17 +287,6 @@ def point_colors(value, count: int, name: str) -> np.ndarray:
     if not ((rgb >= 0) & (rgb <= 1)).all():
         raise ValueError(f'{name} has values outside [0, 1]; expected RGB in [0, 1], or 0 to 255 as uint8')
     return rgb
-
-
-def _curve(values, name: str) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(values, tuple) and len(values) == 2:
-        x, y = (_numpy(v).astype(np.float64) for v in values)
-    else:
-        y = _numpy(values).astype(np.float64)
-        x = np.arange(1, len(y) + 1) if y.ndim == 1 else y
-    if y.ndim != 1 or x.shape != y.shape or len(y) == 0:
-        raise ValueError(f'{name} has x {x.shape} and y {y.shape}; expected two non-empty lists of the same length')
-    return x, y
 
 
 def _labels(values, classes: int, name: str) -> list[int]:
@@ -393,42 +312,6 @@ def listed(clouds, name: str) -> list:
     return clouds
 
 
-def _numpy(value) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-
-
 def _rgb(color: str) -> tuple[float, float, float]:
     from matplotlib.colors import to_rgb
     return to_rgb(color)
-
-
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), facecolor='white')
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _write_heading(figure, text: str, width: float, height: float) -> None:
-    """In bold at the top, as large as fits into the width in inches."""
-    size = min(12., 105 * width / len(text))
-    figure.text(0.5, 1 - 0.15 / height, text, ha='center', va='top', fontsize=size, color=INK, weight='bold')
-
-
-def _plain_text(figure):
-    """``figure`` with every text drawn as it is written: a ``$`` in a class name begins no formula."""
-    from matplotlib.text import Text
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
-    return figure
-
-
-def _save(figure, path) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in NO_DATE:
-        raise ValueError(f'{path}: expected a file name that ends in {", ".join(NO_DATE)}')
-    buffer, kind = io.BytesIO(), path.suffix.lower()
-    # without the metadata, the same PNG has the same bytes
-    _plain_text(figure).savefig(buffer, format=kind[1:], dpi=130, metadata={NO_DATE[kind]: None})
-    return atomic_write(path, buffer.getvalue())
