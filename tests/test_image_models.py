@@ -138,6 +138,19 @@ def test_timm_weights_start_a_point_transformer():
                    parts=['backbone.blocks'])
 
 
+def test_what_a_part_has_no_place_for():
+    without_bias = cloud_model()
+    without_bias['backbone']['qkv_bias'] = False
+    source, target = MODELS.build(vit()), MODELS.build(without_bias)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=r'blocks\.0\.attn\.qkv\.bias.*would compute something else; qkv_bias=True'):
+        load_plain(target, source.state_dict(), parts=BLOCKS)
+    assert same(target.state_dict(), before)
+    report = load_plain(target, source.state_dict(), parts=BLOCKS, strict=False)
+    assert report.unexpected == [f'backbone.blocks.{i}.attn.qkv.bias' for i in range(3)]
+    assert torch.equal(target.backbone.blocks[2].attn.qkv.weight, source.backbone.blocks[2].attn.qkv.weight)
+
+
 def test_wrong_parts():
     model, state = MODELS.build(cloud_model()), MODELS.build(vit()).state_dict()
     with pytest.raises(ValueError, match=r"no part 'backbone.blcks'; did you mean"):

@@ -99,7 +99,10 @@ def test_cifar_executes_nothing(tmp_path, monkeypatch):
     (dict(labels=[0, 1]), r'data must be uint8 \(2, 3072\), one row a label; got uint8 \(4, 3072\)'),
     (dict(labels=[0, 1, 2, 3]), 'label 3 is not one of the 3 classes'),
     (dict(data=np.zeros((4, 3072), np.float32)), 'got float32'), (dict(data=[1]), 'got list'),
-    (dict(labels=['a', 'b', 'c', 'd']), 'label must be an integer')])
+    (dict(labels=['a', 'b', 'c', 'd']), 'label must be an integer'),
+    (dict(labels=5), r'data_batch_1: labels must be a list of numbers, it is a int'),
+    (dict(labels=None), 'it is a NoneType'), (dict(labels=dict(a=0)), 'it is a dict'),
+    (dict(labels=np.zeros((4, 1), int)), 'it is a ndarray')])
 def test_cifar_with_wrong_content(tmp_path, changes, message):
     write_cifar(tmp_path, **changes)
     with pytest.raises((ValueError, TypeError), match=message):

@@ -94,6 +94,32 @@ def test_models_that_need_more_than_tokens(name):
     assert found[1].shape[1] > found[0].shape[1] if 'swin' in name else found[1].shape == found[0].shape
 
 
+@pytest.mark.parametrize(('name', 'kwargs', 'shape'), [
+    ('vit_tiny_r_s16_p8_224', dict(img_size=32, depth=1), (2, 2, 192)),  # a hybrid: convolutions, then patches
+    ('swinv2_cr_tiny_ns_224', dict(img_size=64, window_size=2, depths=(1, 1, 1, 1)), (2, 4, 768)),
+    ('naflexvit_base_patch16_gap', dict(depth=1, embed_dim=24, num_heads=2), (2, 16 + 4, 24)),
+    ('samvit_base_patch16_224', dict(img_size=64, depth=1, embed_dim=24, num_heads=2, global_attn_indexes=()),
+     (2, 16, 24))])
+def test_other_transformers_on_patches(name, kwargs, shape):
+    backbone = TimmBackbone(name, **kwargs).eval()
+    assert backbone(images(kwargs.get('img_size', 64))).shape == shape and backbone.embed_dim == shape[-1]
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('cait_xxs24_224', dict(img_size=32, depth=2)), ('convit_tiny', dict(img_size=32, depth=2, local_up_to_layer=1)),
+    ('vit_relpos_small_patch16_224', dict(img_size=32, depth=1, embed_dim=24, num_heads=2))])
+def test_blocks_that_timm_gives_without_the_class_token_or_not_at_all(name, kwargs):
+    backbone = TimmBackbone(name, **kwargs).eval()
+    assert backbone(images()).ndim == 3
+    with pytest.raises(NotImplementedError, match=f'{name} .*out_indices cannot be given'):
+        backbone(images(), out_indices=(0,))
+
+
+def test_weights_of_a_whole_model():
+    with pytest.raises(ValueError, match='give it to the model, as pretrained='):
+        make('vit_tiny_patch16_224').load({'backbone.cls_token': torch.zeros(1, 1, 24)})
+
+
 def test_modes_and_flags_reach_the_model():
     backbone = make('vit_tiny_patch16_224', drop_rate=0.5)
     assert not backbone.model.training
@@ -143,6 +169,16 @@ def test_the_classifier_goes_along_where_it_sees_the_same(name, mode, alike):
     plain.load_state_dict(timm_weights(model), strict=True)
     if alike:
         torch.testing.assert_close(plain(x), model(dict(img=x)))
+
+
+def test_the_classifier_of_averaged_patches():
+    name, kwargs, x = 'vit_tiny_patch16_224', dict(TINY, global_pool='avg', fc_norm=False), images()
+    model = MODELS.build(dict(type='TaskModel', backbone=dict(type='TimmBackbone', name=name, **kwargs),
+                              neck=dict(type='TokenPool', mode='mean'),
+                              head=dict(type='ClsHead', form='linear', num_classes=5))).eval()
+    plain = timm.create_model(name, num_classes=5, **kwargs).eval()
+    plain.load_state_dict(timm_weights(model), strict=True)
+    torch.testing.assert_close(plain(x), model(dict(img=x)))
 
 
 def test_weights_without_a_linear_head():
@@ -214,7 +250,9 @@ def test_torchvision_swin(name, parts):
 @pytest.mark.parametrize(('name', 'kwargs', 'error', 'message'), [
     ('vit_smal_patch16_224', {}, ValueError, "no model 'vit_smal_patch16_224'; did you mean 'vit_small_patch16_224'"),
     ('hf-hub:timm/vit', {}, ValueError, 'weights are given as a local file'), (3, {}, ValueError, 'the name of an'),
-    ('resnet18', {}, ValueError, 'resnet18 .* is no transformer on patches'),
+    ('resnet18', {}, ValueError, 'resnet18 .* is not built as embedded patches'),
+    ('vit_tiny_patch16_224.nonsense', {}, ValueError, "no weights 'nonsense' of vit_tiny_patch16_224"),
+    ('vit_tiny_patch16_224.augreg_in21', {}, ValueError, "did you mean 'augreg_in21k'"),
     ('vit_tiny_patch16_224', dict(pretrained=True), TypeError, 'no pretrained'),
     ('vit_tiny_patch16_224', dict(num_classes=3), TypeError, 'no num_classes'),
     ('vit_tiny_patch16_224', dict(depht=3), TypeError, 'depht')])

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ewa3d.checks import some
 from ewa3d.datasets.base import DATA_ERRORS, PointDataset, require_folder
 from ewa3d.datasets.folder import Tree, subfolders, wanted_classes
 from ewa3d.datasets.pickles import read_numpy_pickle
@@ -129,12 +130,21 @@ class CIFAR10(ImageDataset):
 
     def load_metainfo(self) -> dict:
         file, key = self.META
-        return dict(classes=tuple(map(_text, self._content(file, key)[0])))
+        names = self._content(file, key)[0]
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, bytes)) for name in names):
+            raise ValueError(f'{self.data_root / file}: {key} must be a list of names, it is a {type(names).__name__}')
+        classes = tuple(map(_text, names))
+        if len({*classes}) < len(classes) or not classes:
+            raise ValueError(f'{self.data_root / file}: {key} must be names that differ, got {some(classes, 10)}')
+        return dict(classes=classes)
 
     def load_data_list(self) -> list[dict]:
         entries = []
         for file in self.FILES[self.split]:
             pixels, labels = self._content(file, 'data', self.LABELS)
+            if not isinstance(labels, (list, tuple)) and getattr(labels, 'ndim', 0) != 1:
+                raise ValueError(f'{self.data_root / file}: {self.LABELS} must be a list of numbers, it is a '
+                                 f'{type(labels).__name__}')
             if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072):
                 raise ValueError(f'{self.data_root / file}: data must be uint8 ({len(labels)}, 3072), one row a label; '
                                  f'got {getattr(pixels, "dtype", type(pixels).__name__)} '

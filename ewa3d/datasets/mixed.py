@@ -103,10 +103,10 @@ class MixedSampler(Sampler):
     :class:`MixedBatches`.
 
     In training, every source is gone through at least once an epoch, in a new order each time; the shares of the
-    batches are those of ``weights``, exactly, in a random sequence. A source that is drawn for longer starts over; what
-    it repeats within an epoch is augmented anew. Everything is a function of ``(seed, epoch)``, so a run can stop
-    anywhere, and all processes of a distributed run draw the same source at the same time: their models use the same
-    parameters.
+    batches are those of ``weights``, up to one batch, in a random sequence. A source that is drawn for longer starts
+    over; what it repeats within an epoch is augmented anew. Everything is a function of ``(seed, epoch)``, so a run can
+    stop anywhere, and all processes of a distributed run draw the same source at the same time: their models use the
+    same parameters.
 
     Args:
         dataset: a :class:`MixedDataset`.

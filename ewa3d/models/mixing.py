@@ -26,7 +26,8 @@ class ImagePreprocessor(Preprocessor):
         prob: share of the batches (pairs, elements) that are mixed.
         switch_prob: share of those that get cutmix where both are on.
         mode: one draw a ``'batch'``, ``'pair'`` or ``'elem'`` (image).
-        num_classes: the command line tools fill it in from the data set's class names.
+        num_classes: the command line tools fill it in from the data set's class names; with several ``tasks`` it must
+            be given.
 
     Shape:
         - ``data['inputs']['img']`` a list of ``(C, H, W)``; becomes ``(B, C, H, W)``.
@@ -62,7 +63,8 @@ class ImagePreprocessor(Preprocessor):
                              'train_dataloader.batch_size, with drop_last=True')
         if self.mix.num_classes is None:
             raise ValueError('ImagePreprocessor: num_classes is not set. tools/train.py fills it in from the class '
-                             'names of the training set; otherwise set model.data_preprocessor.num_classes')
+                             'names of the training set where there is one task; otherwise set '
+                             'model.data_preprocessor.num_classes')
         labels = torch.stack([torch.as_tensor(sample.gt_label).reshape(()) for sample in samples])
         img, scores = self.mix(img.clone(), labels)  # it writes in place
         for sample, score in zip(samples, scores):

@@ -21,7 +21,7 @@ __all__ = ['TimmBackbone', 'from_torchvision', 'timm_weights']
 
 @MODELS.register_module()
 class TimmBackbone(nn.Module):
-    """A model of timm as a backbone: ViT, DeiT, BEiT, EVA, Swin and whatever else makes tokens of images.
+    """A model of timm as a backbone: ViT, DeiT, BEiT, EVA, Swin and others that turn patches into tokens.
 
     Its parameters have timm's own names (``backbone.blocks.0.mlp.fc1.weight``), so rules of ``expand`` mean the same
     blocks as in a ``TokenEncoder``, and the state dict of this module, fused, is that of
@@ -39,7 +39,9 @@ class TimmBackbone(nn.Module):
           the final norm, or with ``pool`` ``(B, embed_dim)``.
 
     Raises:
-        ValueError: a name that timm does not have, weights of another architecture, a model without tokens.
+        ValueError: a name or a tag that timm does not have, weights of another architecture, a model that is no
+            transformer on patches or gives no tokens. NotImplementedError: ``out_indices`` of a model whose blocks timm
+            cannot give one by one.
         FileNotFoundError: there is no such checkpoint. TypeError: a keyword that the model does not take.
     """
 
@@ -128,8 +130,10 @@ class TimmBackbone(nn.Module):
 
     def _images(self, inputs: Mapping | Tensor) -> Tensor:
         """The images, if the model takes such."""
-        img, patches = images_of(inputs), self.model.patch_embed
-        channels = getattr(getattr(patches, 'proj', None), 'in_channels', img.shape[1])
+        img, patches = images_of(inputs), getattr(self.model, 'patch_embed', None)
+        # the first convolution sees the image: that of the patches, or of a hybrid's convolutional network
+        first = next((m for m in patches.modules() if isinstance(m, nn.Conv2d)), None) if patches is not None else None
+        channels = img.shape[1] if first is None else first.in_channels
         strict = getattr(patches, 'strict_img_size', False) and patches.img_size is not None
         size = tuple(patches.img_size if strict else img.shape[2:])
         if img.shape[1:] != (channels, *size):
@@ -141,12 +145,19 @@ class TimmBackbone(nn.Module):
         if not hasattr(self.model, 'forward_intermediates'):
             raise NotImplementedError(f'{self.name} ({type(self.model).__name__}) has no forward_intermediates in '
                                       'timm, so out_indices cannot be given')
-        stages = self.model.blocks if hasattr(self.model, 'blocks') else self.model.layers
-        wanted = block_numbers(len(stages), out_indices)
+        wanted = block_numbers(len(getattr(self.model, stages_of(self.model))), out_indices)
         options = dict(indices=sorted(wanted), norm=True, intermediates_only=True)
         if 'return_prefix_tokens' in inspect.signature(self.model.forward_intermediates).parameters:
             options.update(output_fmt='NLC', return_prefix_tokens=True)
-        found = dict(zip(sorted(wanted), self.model.forward_intermediates(img, **options)))
+        try:
+            found = self.model.forward_intermediates(img, **options)
+        except (AssertionError, UnboundLocalError) as error:  # what timm has not written for this architecture
+            raise NotImplementedError(f'{self.name} ({type(self.model).__name__}): timm gives no normalised tokens of '
+                                      f'single blocks, so out_indices cannot be given ({error})') from error
+        if self.num_prefix_tokens and any(isinstance(features, Tensor) for features in found):
+            raise NotImplementedError(f'{self.name} ({type(self.model).__name__}): timm gives the patches of single '
+                                      'blocks without the class token, so out_indices cannot be given')
+        found = dict(zip(sorted(wanted), found))
         return tuple(_joined(found[i]) for i in wanted)
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -158,6 +169,9 @@ class TimmBackbone(nn.Module):
         """
         name = str(checkpoint) if isinstance(checkpoint, (str, Path)) else 'the given weights'
         state = from_torchvision(state_dict_of(checkpoint, name))
+        if any(key.startswith('backbone.') for key in state):
+            raise ValueError(f'{name} holds a whole model of ewa3d (backbone.…): give it to the model, as pretrained=; '
+                             "checkpoint= takes timm's or torchvision's layout")
         heads = tuple(f'{name}.' for name in {*classifiers_of(self.model), 'head_dist'})
         state = {key: value for key, value in state.items() if not key.startswith(heads)}
         convert = getattr(sys.modules[type(self.model).__module__], 'checkpoint_filter_fn', None)
@@ -192,19 +206,31 @@ def create(name: str, kwargs: dict) -> nn.Module:
     if refused:
         raise TypeError(f'TimmBackbone takes no {refused[0]}: weights are a local file (checkpoint=), the classifier '
                         'is the head of the model')
+    architecture, _, tag = name.partition('.')
+    tags = [known.partition('.')[2] for known in list_models(f'{architecture}.*', pretrained=True)]
+    if tag and tag not in tags:
+        raise ValueError(f'TimmBackbone: timm {timm.__version__} has no weights {tag!r} of {architecture}; '
+                         f'{nearest(tag, tags)} (the tag may be left out: weights are given with checkpoint=)')
     try:
-        model = timm.create_model(name.split('.')[0], pretrained=False, num_classes=0, **kwargs)
+        model = timm.create_model(architecture, pretrained=False, num_classes=0, **kwargs)
     except TypeError as error:
         raise TypeError(f'TimmBackbone: {name}: {error}') from error
-    if not hasattr(model, 'patch_embed') or not (hasattr(model, 'blocks') or hasattr(model, 'layers')):
-        raise ValueError(f'TimmBackbone: {name} ({type(model).__name__}) is no transformer on patches; ViT-like models '
-                         'such as vit_small_patch16_224, deit_small_patch16_224, eva02_tiny_patch14_224 or '
-                         'swin_tiny_patch4_window7_224 were expected')
+    if not (hasattr(model, 'patch_embed') or hasattr(model, 'embeds')) or stages_of(model) is None:
+        raise ValueError(f'TimmBackbone: {name} ({type(model).__name__}) is not built as embedded patches and blocks, '
+                         'layers or stages behind them; ViT-like models such as vit_small_patch16_224, '
+                         'deit_small_patch16_224, eva02_tiny_patch14_224 or swin_tiny_patch4_window7_224 were expected')
     return model
 
 
+def stages_of(model: nn.Module) -> str | None:
+    """The name of what a timm model runs one after another."""
+    return next((name for name in ('blocks', 'layers', 'stages') if hasattr(model, name)), None)
+
+
 def tokens_of(x: Tensor, width: int, name: str) -> Tensor:
-    """What ``forward_features`` gave, as ``(B, L, width)``; Swin's is ``(B, H, W, width)``."""
+    """What ``forward_features`` gave, as ``(B, L, width)``; a Swin's is ``(B, H, W, width)``, SAM's channels first."""
+    if isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] == width != x.shape[-1]:
+        x = x.permute(0, 2, 3, 1)
     if not isinstance(x, Tensor) or x.ndim not in (3, 4) or x.shape[-1] != width:
         raise ValueError(f'TimmBackbone: {name} gives no tokens (B, L, C), but '
                          f'{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}')
@@ -255,11 +281,12 @@ def timm_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def pools_as_timm(backbone: TimmBackbone, neck: nn.Module | None) -> bool:
     """Whether the head gets what the timm model would give its classifier: the model pools, or the neck and the model
-    both take the class token as it is."""
+    both take the class token, or the mean of the patches, as it is."""
     if neck is None:
         return backbone.pooled
     timms = backbone.model
-    return getattr(neck, 'parts', None) == ['cls'] and getattr(timms, 'global_pool', None) == 'token' \
+    alike = dict(token=['cls'], avg=['mean']).get(getattr(timms, 'global_pool', None))
+    return alike is not None and getattr(neck, 'parts', None) == alike \
         and getattr(timms, 'dist_token', None) is None and isinstance(getattr(timms, 'fc_norm', None), nn.Identity)
 
 

@@ -223,7 +223,7 @@ def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool | st
         skip_head: leave the head as it is: ``True``, or ``'mismatched'`` where it is of another form or shape.
         name: what to call the source in messages; by default its path.
         parts: load these parts of the model alone, e.g. ``['backbone.blocks', 'backbone.norm']``; all of each must be
-            there. The rest is reported as skipped.
+            there, and with ``strict`` nothing more of it in the source. The rest is reported as skipped.
 
     Returns:
         a :class:`LoadReport`; it is logged as well where something may have been left out.
@@ -239,7 +239,7 @@ def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool | st
     layout, state = _recognise(state, own)
     state, extras = _without_pretraining(state, own)
     if parts is not None:
-        return _load_parts(model, state, layout, parts, name)
+        return _load_parts(model, state, layout, parts, strict, name)
     partial = not strict or (strict == 'transfer' and bool(extras))
     state, skipped = _without_head(state, own, skip_head, name)
     matched = [key for key in own if key in state]
@@ -259,7 +259,8 @@ def load_plain(model: nn.Module, source: str | Path | Mapping, strict: bool | st
     return report
 
 
-def _load_parts(model: nn.Module, state: dict, layout: str, parts: Sequence[str], name: str) -> LoadReport:
+def _load_parts(model: nn.Module, state: dict, layout: str, parts: Sequence[str], strict: bool | str,
+                name: str) -> LoadReport:
     """The tensors of some parts of ``model``, all of them."""
     if isinstance(parts, str):
         raise TypeError(f"parts is a list of names such as ['backbone.blocks'], got the string {parts!r}")
@@ -277,9 +278,16 @@ def _load_parts(model: nn.Module, state: dict, layout: str, parts: Sequence[str]
         shapes = some((f'{key} {tuple(state[key].shape)}, the model {tuple(own[key].shape)}' for key in other), 3)
         raise ValueError(f'{name} does not fit {", ".join(parts)}: missing: {some(missing, 4)}; of another shape: '
                          f'{shapes}')
+    unexpected = [key for key in state if key not in own and key.startswith(tuple(f'{part}.' for part in parts))]
+    if unexpected and strict:
+        biases = any(key.endswith('qkv.bias') for key in unexpected)
+        hint = 'qkv_bias=True in the backbone makes a place for biases, ' if biases else ''
+        raise ValueError(f'{name} has {some(unexpected, 4)}, the model has no place for them, and without them it '
+                         f'would compute something else; {hint}strict=False leaves them out')
     model.load_state_dict({key: state[key] for key in wanted}, strict=False)
     untouched = [key for key in own if key not in wanted]
-    report = LoadReport(layout, wanted, untouched, [], [key for key in state if key not in wanted])
+    skipped = [key for key in state if key not in wanted and key not in unexpected]
+    report = LoadReport(layout, wanted, untouched, unexpected, skipped)
     print_log(f'{name}: {report}', logger='current')
     return report
 
