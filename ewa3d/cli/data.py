@@ -102,7 +102,8 @@ def _check_source(source, root: Path, splits: Sequence[str] | None = None) -> in
             samples = survey(cfg, cache=False)
             wrong |= bool(samples.problems)
             _tell(f'{where}={samples}')
-    _tell(f"configs that train on it: ewa3d configs '{source.configs}'")
+    if source.configs:
+        _tell(f"configs that train on it: ewa3d configs '{source.configs}'")
     return int(wrong)
 
 

@@ -50,9 +50,10 @@ def inventory(source: Source, root: Path) -> Inventory:
         return found
     for part in source.parts:
         files = list(folder.glob(part.pattern))
-        count = len(files)
-        several = f': {count}' if count > part.count else '' if count == part.count == 1 else f': {count} of {part.count}'
-        (found.there if count >= part.count else found.missing).append(part.pattern + several)
+        counted = part.pattern if len(files) == part.count == 1 else f'{part.pattern}: {len(files)}'
+        if len(files) <= part.count > 1:
+            counted += f' of {part.count}'
+        (found.there if len(files) >= part.count else found.missing).append(counted)
         if part.md5 and files:
             digest = checksum_of(files[0], 'md5')['md5']
             if digest != part.md5:

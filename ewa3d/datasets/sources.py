@@ -46,7 +46,7 @@ class Source:
         terms: under which terms it is handed out. page: of its owners.
         folder: where it lies, below the root. parts: the files of all of it.
         datasets: configs that read it, without their folder; each has every one of ``splits``.
-        configs: pattern of the configs that train on it. archive: what can be downloaded freely.
+        configs: pattern of the configs that train on it, where there are some. archive: what can be downloaded freely.
         steps: what has to be done by hand, where not everything can be downloaded. ``{root}`` and ``{folder}`` in it
             stand for the paths. note: what should be known of it.
     """
@@ -220,7 +220,7 @@ The archives lie on its home page; turning them into clouds takes Matlab:
                         holds='cifar-10-batches-py', size=170_498_071, most=10 ** 9,
                         checksum='md5:c58f30108f718f92721af3b95e74349a', attributed=TORCHVISION)),
     Source(
-        'cifar100', 'CIFAR-100', **CIFAR, folder='cifar-100-python', configs='*_cifar100*',
+        'cifar100', 'CIFAR-100', **CIFAR, folder='cifar-100-python',
         parts=(Part('meta', md5='7973b15100ade9c7d40fb424638fde48'),
                Part('train', md5='16019d7e3df5f24257cddd939b257f8d'),
                Part('test', md5='f0ef6b0ae62326f3e7ffdfab6717acfc')),
