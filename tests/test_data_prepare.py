@@ -294,6 +294,17 @@ def test_the_table(name, root):
         assert re.fullmatch(r'([0-9a-f]{32})?', part.md5) and part.count > 0
 
 
+def test_the_table_in_the_documentation():
+    text = (Path(__file__).parents[1] / 'data' / 'README.md').read_text()
+    for name, source in SOURCES.items():
+        row = next(line for line in text.splitlines() if line.startswith(f'| `{name}` |'))
+        archive = source.archive
+        if archive is not None and archive.checksum:
+            assert archive.checksum.partition(':')[2] in row
+        if archive is not None and archive.size:
+            assert f'{archive.size:,} bytes' in row
+
+
 def test_names():
     with pytest.raises(KeyError, match="did you mean 'modelnet40'"):
         find_source('modelnet4O')
