@@ -4,6 +4,7 @@ import pytest
 
 from ewa3d import cli
 from ewa3d.datasets import survey as module
+from ewa3d.datasets.cache import without_cache
 from ewa3d.datasets.survey import survey
 from ewa3d.registry import DATASETS
 
@@ -79,6 +80,27 @@ def test_files_that_are_read_one_by_one_are_all_told(tmp_path):
     found = survey(dict(type=Own, split=None))
     assert len(found.problems) == module.NAMED + 1 and 'and 3 more' in found.problems[-1]
     assert found.notes == ['no samples of c'] and found.labels == dict(a=5, b=4, c=0)
+
+
+def test_without_a_cache(folder, tmp_path):
+    _, data = config(folder, tmp_path)
+    found = survey(data, cache=False)
+    assert found.samples == 5 and found.points == (40, 80, 80) and found.labels == dict(apple=2, pear=3)
+    assert found.cache is None and not (tmp_path / 'cache').exists()
+    with without_cache():
+        clouds = DATASETS.build(dict(data, indices=[3]))
+    assert len(clouds.raw(0)['points']) == 80
+    with pytest.raises(IndexError, match='was handed out already'):
+        clouds.raw(0)
+    np.save(folder / 'apple' / '1.npy', np.full((9, 3), np.nan))
+    found = survey(data, cache=False)
+    assert any('apple/1.npy: 9 of 9 points have NaN' in problem for problem in found.problems)
+
+
+def test_boxes_are_counted():
+    found = survey(dict(type='SyntheticScenes', split='val', num_samples=3))
+    assert list(found.boxes) == ['bed', 'chair', 'desk', 'shelf', 'sofa', 'table'] and sum(found.boxes.values()) > 3
+    assert f'boxes: {sum(found.boxes.values())}' in str(found) and '█' in str(found)
 
 
 def test_counts_of_published_data(monkeypatch):

@@ -22,7 +22,7 @@ COMMANDS = {  # verb → (module:function, what it does)
     'fewshot': ('ewa3d.cli.fewshot:main', 'train on every fold of a few-shot task; mean and std over folds'),
     'fuse': ('ewa3d.cli.weights:fuse', 'write the plain weights of a checkpoint'),
     'convert': ('ewa3d.cli.weights:convert', 'official Point-MAE, Point-BERT and 3DETR weights to ours'),
-    'data': ('ewa3d.cli.data:main', 'check the data of a config, or prepare them'),
+    'data': ('ewa3d.cli.data:main', 'download published data, check data, order clouds ahead of training'),
     'bench': ('ewa3d.bench:main', 'compare variants of steps, layers and operators'),
     'browse': ('ewa3d.browse:main', 'pictures of what a model is given, after the transforms'),
     'plot': ('ewa3d.plot:main', 'curves of runs over one another; the confusion matrix of one'),
@@ -34,7 +34,8 @@ COMMANDS = {  # verb → (module:function, what it does)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
-    0: done. 1: ``fuse`` or ``convert`` refuses to write, ``data check`` found something wrong. 2: bad input, told in
+    0: done. 1: ``fuse`` or ``convert`` refuses to write, ``data check`` found something wrong, ``data prepare`` leaves
+    something to be done by hand. 2: bad input, told in
     one line. 3: anything else, with its traceback. 130: interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)

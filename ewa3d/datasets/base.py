@@ -28,7 +28,7 @@ def require_folder(folder: str | Path, what: str) -> Path:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f'{what}: there is no folder {str(folder)!r} (looked for it in {str(Path.cwd())!r}); '
-                                f'data/README.md says where to get the data and how it is laid out')
+                                f'`ewa3d data prepare` gets published data, data/README.md shows how they are laid out')
     return folder
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,14 @@ from mmengine.logging import print_log
 from ewa3d.ops import fps
 from ewa3d.progress import Progress
 
-__all__ = ['Clouds', 'cached_clouds', 'fps_order', 'prepared_rows']
+__all__ = ['Clouds', 'ReadNoFurther', 'cached_clouds', 'fps_order', 'prepared_rows', 'without_cache']
 
 VERSION = 2
 BATCH = 32  # clouds that are read before they are ordered
 FPS_POINTS = 40_960  # points that are ordered together: what stays in the processor's cache, measured
 THIN = 65_536  # a larger cloud is thinned to so many points at random before it is ordered
 WRITING = '.writing-'
+_once = ContextVar('_once', default=False)
 
 
 class Clouds:
@@ -65,6 +67,39 @@ class Clouds:
         return {**self.__dict__, '_points': None} if self.folder is not None else self.__dict__
 
 
+class ReadNoFurther(ValueError):
+    """What follows a cloud that could not be read was not read either."""
+
+
+class CloudsOnce:
+    """Clouds as they are read: each can be asked for once, in their order; none is kept."""
+
+    def __init__(self, clouds: Iterable[np.ndarray], name: str):
+        self._clouds, self._name, self._next = iter(clouds), name, 0
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if i < self._next:
+            raise IndexError(f'{self._name}: cloud {i} was handed out already')
+        while True:
+            self._next += 1
+            try:
+                cloud = next(self._clouds)
+            except StopIteration:
+                raise ReadNoFurther(f'{self._name}: nothing could be read from cloud {self._next - 1} on') from None
+            if self._next == i + 1:
+                return cloud
+
+
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """Data sets that are made inside have :class:`CloudsOnce`: to look through the files without ordering them."""
+    token = _once.set(True)
+    try:
+        yield
+    finally:
+        _once.reset(token)
+
+
 def cached_clouds(cache_dir: Path | None, name: str, settings: dict, files: Iterable[Path], root: Path,
                   read: Callable[[], Iterable[np.ndarray]], total: int, max_points: int,
                   fps_ordered: bool = False) -> Clouds:
@@ -77,6 +112,8 @@ def cached_clouds(cache_dir: Path | None, name: str, settings: dict, files: Iter
         files: the sources, below ``root``, in the order of the clouds.
         fps_ordered: the clouds come in FPS order.
     """
+    if _once.get():
+        return CloudsOnce(read(), name)
     prepared = prepare(read, total, max_points, fps_ordered, name)
     if cache_dir is None:
         clouds = list(prepared)

@@ -107,7 +107,10 @@ class ModelNet(PointDataset):
         if missing:
             raise FileNotFoundError(f'{listed} lists {len(files)} shapes, {len(missing)} of them are not there; the '
                                     f'first is {missing[0]}')
-        return items, [listed, *files], lambda: (self._columns(read_cloud(f).points, f) for f in files)
+        return items, [listed, *files], lambda: map(self._read_text, files)
+
+    def _read_text(self, file: Path) -> np.ndarray:
+        return self._columns(read_cloud(file).points, file)
 
     def _list_dat(self):
         file = find_dat(self.data_root, self.variant, self.split)
@@ -148,7 +151,7 @@ class ModelNet(PointDataset):
         if not items:
             raise FileNotFoundError(f'{self._what}: there is no <class>/{self.split}/*.off with a class of ModelNet'
                                     f'{self.variant} ({self._class_names()[0]!r}, …)')
-        return items, files, lambda: (self._sample(file) for file in files)
+        return items, files, lambda: map(self._sample, files)
 
     def _sample(self, file: Path) -> np.ndarray:
         rng = np.random.default_rng((self.mesh_seed, zlib.crc32(file.name.encode())))

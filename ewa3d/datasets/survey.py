@@ -1,6 +1,7 @@
 """What is there of a data set, and what is wrong with it."""
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,14 +10,18 @@ import numpy as np
 from ewa3d import registry as R
 from ewa3d.checks import some
 from ewa3d.datasets.base import KEPT_ERRORS, error_text
+from ewa3d.datasets.cache import ReadNoFurther, without_cache
+from ewa3d.progress import track
 from ewa3d.registry import nearest
 
-__all__ = ['SIZES', 'Survey', 'survey']
+__all__ = ['SIZES', 'Survey', 'config_line', 'survey']
 
 # What the owners hand out: class, variant and split → samples. data/README.md says where these are from.
 SIZES = {('ModelNet', 10): dict(train=3991, test=908), ('ModelNet', 40): dict(train=9843, test=2468),
          ('ShapeNet55', None): dict(train=41952, test=10518),
          ('ShapeNetPart', None): dict(train=12137, val=1870, test=2874, trainval=14007),
+         ('ScanObjectNN', 'hardest'): dict(train=11416, test=2882),
+         ('SUNRGBDDetection', None): dict(train=5285, val=5050),
          ('CIFAR10', None): dict(train=50000, test=10000), ('CIFAR100', None): dict(train=50000, test=10000)}
 NAMED = 5  # problems of one kind that are told in full
 
@@ -28,7 +33,7 @@ class Survey:
     Attributes:
         line: the data set's config, as it would be written.
         samples: how many there are; expected: how many its owners hand out, where that is known.
-        labels: by class, how many samples; empty where they have none.
+        labels: by class, how many samples; empty where they have none. boxes: the same of the boxes of scenes.
         points: of the clouds, the smallest, median and largest number; ``None`` where they are none.
         cache: the folder of the prepared clouds, where there is one.
         problems: what is wrong; notes: what may be meant.
@@ -37,6 +42,7 @@ class Survey:
     samples: int = 0
     expected: int | None = None
     labels: dict[str, int] = field(default_factory=dict)
+    boxes: dict[str, int] = field(default_factory=dict)
     points: tuple[int, int, int] | None = None
     cache: Path | None = None
     problems: list[str] = field(default_factory=list)
@@ -51,29 +57,36 @@ class Survey:
             low, median, high = self.points
             lines.append(f'  points a cloud: {low}' if low == high else f'  points a cloud: {low} to {high}, median '
                                                                         f'{median}')
-        if self.labels:
-            width, most = max(map(len, self.labels)), max(max(self.labels.values()), 1)
+        if self.boxes:
+            lines.append(f'  boxes: {sum(self.boxes.values())}')
+        for counts in filter(None, (self.labels, self.boxes)):
+            width, most = max(map(len, counts)), max(max(counts.values()), 1)
             lines += [f'  {name:<{width}} {count:>7} {"█" * round(30 * count / most)}'.rstrip()
-                      for name, count in self.labels.items()]
+                      for name, count in counts.items()]
         if self.cache is not None:
             lines.append(f'  cache: {self.cache}')
         lines += [f'  note: {note}' for note in self.notes] + [f'  wrong: {problem}' for problem in self.problems]
         return '\n'.join(lines if self.problems else [*lines, '  nothing is wrong'])
 
 
-def survey(cfg: Mapping) -> Survey:
+def survey(cfg: Mapping, cache: bool = True) -> Survey:
     """Read every sample of the data set of ``cfg`` once, without its pipeline.
 
     What is missing, of another format or not finite is listed, not raised; data sets that keep a cache stop at the
     first file that is wrong, and write the cache where nothing is.
 
+    Args:
+        cache: ``False`` reads the files themselves, and neither orders the clouds nor keeps them: quicker, and where
+            every cloud has a file, all that are wrong are listed.
+
     Raises:
         KeyError, TypeError: a config that is none.
     """
-    found = Survey(_line(cfg))
+    found = Survey(config_line(cfg))
     cls = R.DATASETS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
     try:
-        data = R.DATASETS.build(dict(cfg))
+        with nullcontext() if cache else without_cache():
+            data = R.DATASETS.build(dict(cfg))
         found.samples = len(data)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         found.problems.append(error_text(error))
@@ -90,7 +103,7 @@ def survey(cfg: Mapping) -> Survey:
     return found
 
 
-def _line(cfg: Mapping) -> str:
+def config_line(cfg: Mapping) -> str:
     """``dict(type='ModelNet', variant=10, split='train')``."""
     shown = (f'{key}={value!r}' for key, value in cfg.items() if key != 'pipeline')
     return f'dict({", ".join(shown)})'
@@ -112,19 +125,25 @@ def _count_labels(data, found: Survey) -> None:
 
 
 def _read_all(data, cfg: Mapping, found: Survey) -> None:
-    sizes, failures, flat, columns = [], [], [], Counter()
-    for i in range(found.samples):
+    sizes, failures, flat, columns, boxes = [], [], [], Counter(), Counter()
+    for i in track(range(found.samples), f'reading {type(data).__name__}'):
         try:
             sample = data.raw(i)
+        except ReadNoFurther as error:
+            failures.append(error_text(error))
+            break
         except KEPT_ERRORS as error:
             failures.append(error_text(error))
             continue
+        boxes.update(np.asarray(sample.get('box_labels', ())).tolist())
         points = sample.get('points')
         if points is not None:
             sizes.append(len(points))
             columns[points.shape[1]] += 1
             if not np.ptp(points[:, :3], axis=0).any():
                 flat.append(str(sample['name']))
+    if boxes:
+        found.boxes = {str(name): boxes[i] for i, name in enumerate(data.metainfo['classes'])}
     found.problems += failures[:NAMED]
     if len(failures) > NAMED:
         found.problems.append(f'and {len(failures) - NAMED} more samples that cannot be read')

@@ -1,11 +1,13 @@
 """Files that were made to harm: refused with an error that names them, within bounded time and memory, nothing run."""
 import functools
+import gzip
 import io
 import json
 import os
 import pickle
 import resource
 import struct
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,6 +24,7 @@ from ewa3d.datasets.parts import read_json
 from ewa3d.datasets.pickles import read_numpy_pickle
 from ewa3d.datasets.scenes import read_array, read_boxes
 from ewa3d.engine.checkpoint import read_checkpoint
+from ewa3d.unpack import unpack
 
 BILLION = 10 ** 12
 SECONDS, MEGABYTES = 20, 400  # of processor time and of memory that a refusal may take
@@ -320,6 +323,56 @@ def h5_array_made_of_other_files(folder):
     layout[:] = h5py.VirtualSource(secret(folder), 'points', (4, 3))
     with h5py.File(folder / 'x.h5', 'w') as file:
         file.create_virtual_dataset('points', layout)
+
+
+# ---- archives of data sets -------------------------------------------------------------------------------------------
+def unpack_beside(path: Path) -> None:
+    unpack(path, path.parent / 'here', 'top')
+
+
+def tar_of(*members: tuple[str, bytes, str, int]) -> bytes:
+    """A packed tar file of headers: name, type, where a link leads, size; followed by zeros."""
+    raw = b''
+    for name, kind, link, size in members:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname, info.size = kind, link, size
+        raw += info.tobuf(tarfile.GNU_FORMAT)
+    return gzip.compress(raw + bytes(10 ** 5))
+
+
+@hostile('x.zip', unpack_beside)
+def zip_bomb(folder):
+    with zipfile.ZipFile(folder / 'x.zip', 'w', zipfile.ZIP_DEFLATED) as archive, \
+            archive.open('top/x', 'w', force_zip64=True) as file:
+        for _ in range(42):
+            file.write(bytes(8 * 10 ** 6))
+
+
+@hostile('x.zip', unpack_beside)
+def zip_that_leaves_the_folder(folder):
+    with zipfile.ZipFile(folder / 'x.zip', 'w') as archive:
+        archive.writestr('top/a', 'a')
+        archive.writestr(f'top/../../{folder.name}/it-ran/x', 'x')
+
+
+@hostile('x.tar.gz', unpack_beside)
+def tar_bomb(folder):
+    return tar_of(('top/x', tarfile.REGTYPE, '', BILLION))
+
+
+@hostile('x.tar.gz', unpack_beside)
+def tar_with_a_long_header(folder):
+    return tar_of(('top/x', tarfile.XHDTYPE, '', BILLION))
+
+
+@hostile('x.tar.gz', unpack_beside)
+def tar_with_a_size_below_zero(folder):
+    return tar_of(('top/x', tarfile.REGTYPE, '', -1024))
+
+
+@hostile('x.tar.gz', unpack_beside)
+def tar_that_writes_through_a_link(folder):
+    return tar_of(('top/x', tarfile.SYMTYPE, str(folder), 0), ('top/x/it-ran', tarfile.DIRTYPE, '', 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
