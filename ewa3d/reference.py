@@ -27,7 +27,8 @@ PLACES = {  # registry → heading, where its components stand
     'LOOPS': ('Loops', '`train_cfg`'),
 }
 TOP = {  # key of a config → what it is
-    'model': 'what is trained', 'train_dataloader': "torch's `DataLoader` in training: `dataset`, `sampler`, `batch_size`, …",
+    'model': 'what is trained',
+    'train_dataloader': "torch's `DataLoader` in training: `dataset`, `sampler`, `batch_size`, …",
     'val_dataloader': 'the same for validation', 'test_dataloader': 'the same for the test',
     'train_cfg': '`max_epochs`, `val_interval`', 'val_cfg': '`dict()` where there is a validation',
     'test_cfg': '`dict()` where there is a test', 'val_evaluator': 'a metric, or a list of them',
@@ -139,7 +140,8 @@ def _registered(cls: type) -> bool:
 def _key(cls, owner, parameter: inspect.Parameter, siblings: Iterable[inspect.Parameter]) -> Key:
     foreign = '' if _is_ours(owner) else owner.__module__.partition('.')[0]
     names = [p.name for p in siblings]
-    text = next((texts[parameter.name] for doc in _docs(cls) if parameter.name in (texts := _arguments(doc, names))), '')
+    told = (_arguments(doc, names).get(parameter.name, '') for doc in _docs(cls))
+    text = next(filter(None, told), '')
     return Key(parameter.name, parameter.default, text, '' if text else foreign)
 
 
@@ -159,12 +161,12 @@ def _arguments(doc: str, names: Sequence[str]) -> dict[str, str]:
     if match is None:
         return {}
     any_name = '|'.join(sorted(map(re.escape, names), key=len, reverse=True))
-    start = re.compile(rf'(?:^|(?<=[.;] ))((?:{any_name})(?:, (?:{any_name}))*): ')
+    start = re.compile(rf'(?:^(\w+(?:, \w+)*)|(?<=[.;] )((?:{any_name})(?:, (?:{any_name}))*)): ')
     found = {}
     for entry in re.split(r'\n(?= {4}\S)', match[1].rstrip()):
         pieces = start.split(' '.join(line.strip() for line in entry.splitlines()))
-        for several, text in zip(pieces[1::2], pieces[2::2]):
-            found.update(dict.fromkeys(several.split(', '), _plain(text)))
+        for first, later, text in zip(pieces[1::3], pieces[2::3], pieces[3::3]):
+            found.update(dict.fromkeys((first or later).split(', '), _plain(text)))
     return found
 
 

@@ -32,9 +32,9 @@ from ewa3d.datasets.transforms import (
 from ewa3d.datasets.videos import MovingShapes, VideoDataset
 
 __all__ = ['PointDataset', 'FewShot', 'FolderParts', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55',
-           'ShapeNetPart', 'SyntheticShapes', 'KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift',
-           'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack', 'FolderScenes', 'ScanNetDetection', 'SUNRGBDDetection',
-           'SyntheticScenes', 'AddHeight', 'PackBoxes', 'RandomCuboid', 'SceneFlip', 'SceneRotate', 'SceneScale',
-           'CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset', 'ImageFolder', 'ImageNet', 'ImageTransforms', 'PackImage',
-           'MixedBatches', 'MixedDataset', 'MixedSampler', 'RepeatedSampler', 'ClipFlip', 'LoadClip', 'PackClip',
-           'ThreeCrop', 'MovingShapes', 'VideoDataset', 'Batch', 'packed_collate']
+           'ShapeNetPart', 'SyntheticShapes', 'KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale',
+           'RandomShift', 'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack', 'FolderScenes', 'ScanNetDetection',
+           'SUNRGBDDetection', 'SyntheticScenes', 'AddHeight', 'PackBoxes', 'RandomCuboid', 'SceneFlip',
+           'SceneRotate', 'SceneScale', 'CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset', 'ImageFolder', 'ImageNet',
+           'ImageTransforms', 'PackImage', 'MixedBatches', 'MixedDataset', 'MixedSampler', 'RepeatedSampler',
+           'ClipFlip', 'LoadClip', 'PackClip', 'ThreeCrop', 'MovingShapes', 'VideoDataset', 'Batch', 'packed_collate']

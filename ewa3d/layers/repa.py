@@ -250,7 +250,11 @@ class RePaBlock(Reparam):
 
 
 class FoldedBlock(Fused):
-    """A block whose FFN branch, shortcut included, is one :class:`FoldedFFN`."""
+    """A block whose FFN branch, shortcut included, is one :class:`FoldedFFN`.
+
+    Shape:
+        - ``(B, L, C)``, kept.
+    """
 
     def __init__(self, block: RePaBlock, mlp: FoldedFFN):
         super().__init__()
