@@ -71,7 +71,10 @@ class Key(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the page, or the components that are named."""
-    names = list(sys.argv[1:] if argv is None else argv)
+    from ewa3d.cli.options import Parser
+    parser = Parser('python -m ewa3d.reference', description='The keys of components, as Markdown.')
+    parser.add_argument('names', nargs='*', metavar='NAME', help='such as EWAFFN; default: all')
+    names = parser.parse_args(argv).names
     known = {name: cls for found in components().values() for name, cls in found.items()}
     for name in names:
         if name not in known:
@@ -140,8 +143,10 @@ def _registered(cls: type) -> bool:
 def _key(cls, owner, parameter: inspect.Parameter, siblings: Iterable[inspect.Parameter]) -> Key:
     foreign = '' if _is_ours(owner) else owner.__module__.partition('.')[0]
     names = [p.name for p in siblings]
-    told = (_arguments(doc, names).get(parameter.name, '') for doc in _docs(cls))
-    text = next(filter(None, told), '')
+    told = list(filter(None, (_arguments(doc, names).get(parameter.name) for doc in _docs(cls))))
+    text = told[0] if told else ''
+    if len(told) > 1:  # "see `ExpandableModel`" is of no use here, what is told there is
+        text = re.sub(r'^see `\w+`', lambda _: told[1], text)
     return Key(parameter.name, parameter.default, text, '' if text else foreign)
 
 
@@ -149,7 +154,7 @@ def _docs(cls) -> Iterator[str]:
     """Where a key may be told about, the nearest first."""
     for owner in cls.__mro__ if inspect.isclass(cls) else [cls]:
         if _is_ours(owner):
-            for one in (owner.__dict__.get('expand'), owner, owner.__dict__.get('__init__')):
+            for one in (owner.__dict__.get('expand'), owner, *map(owner.__dict__.get, ('__init__', 'finish'))):
                 one = getattr(one, '__func__', one)
                 if one is not None and one.__doc__:
                     yield inspect.cleandoc(one.__doc__)

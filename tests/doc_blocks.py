@@ -13,6 +13,8 @@ What stands in front of a block, and the word behind its fence, say what is done
 """
 import argparse
 import contextlib
+import copy
+import functools
 import importlib
 import io
 import json
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from mmengine.config import Config
 
 from ewa3d import cli, registry
 from ewa3d.cli.options import load_config
@@ -117,7 +120,7 @@ class Page:
             return
         assert code == 0, f'{line}: exit code {code}: {errors.getvalue()[-2000:]}{out.getvalue()[-2000:]}'
         if target:
-            Path(target[1]).write_text(out.getvalue(), encoding='utf-8')
+            Path(target[1]).write_text(self.change(out.getvalue()), encoding='utf-8')
 
     def _json(self, block: Block) -> None:
         json.loads(block.text)
@@ -205,10 +208,15 @@ def check_command(words: list[str]) -> None:
         assert name == 'source', f'what is {name}?'
 
 
+_read_config = functools.cache(Config.fromfile)
+
+
 def _check_args(args: argparse.Namespace, verb: str = '') -> None:
     config = getattr(args, 'config', None)
     if isinstance(config, str) and not Path(config).is_dir():
-        cfg = load_config(config, getattr(args, 'cfg_options', None))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Config, 'fromfile', lambda path: copy.deepcopy(_read_config(Path(path).resolve())))
+            cfg = load_config(config, getattr(args, 'cfg_options', None))
         if verb in ('train', 'test'):
             check_config(cfg, training=verb == 'train')
 

@@ -58,7 +58,8 @@ def pictures(page: Page, monkeypatch) -> None:
 def small(page: Page, monkeypatch) -> None:
     """One epoch on a few samples."""
     smaller = {'max_epochs=60': 'max_epochs=1', 'epoch_60': 'epoch_1', "('train', 40)": "('train', 12)",
-               "('test', 10)": "('test', 3)", "('val', 8)": "('val', 2)"}
+               "('test', 10)": "('test', 2)", "('val', 8)": "('val', 2)", 'num_queries=96': 'num_queries=12',
+               'num_points=1024': 'num_points=256', 'num_points=8192': 'num_points=1024'}
 
     def change(text: str) -> str:
         for old, new in smaller.items():

@@ -1,4 +1,6 @@
 """Every fenced block of the documentation runs, or is checked, or says why not (see ``doc_blocks.py``)."""
+import re
+
 import pytest
 from doc_blocks import ROOT, Page, blocks_of, check_command, check_types, words_of
 from doc_worlds import WORLDS
@@ -35,6 +37,18 @@ def test_page(path, tmp_path, monkeypatch, kept_names):
     page.go()
     if page.skipped:
         pytest.skip(f'the rest ran: {"; ".join(page.skipped)}')
+
+
+@pytest.mark.parametrize('path', PAGES, ids=name)
+def test_links_lead_somewhere(path):
+    text = re.sub(r'```.*?^```', '', path.read_text(encoding='utf-8'), flags=re.DOTALL | re.MULTILINE)
+    for target, anchor in re.findall(r'\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)', text):
+        file = (path.parent / target).resolve() if target else path
+        assert file.exists(), f'{name(path)}: {target}'
+        if anchor and file.suffix == '.md':
+            headings = re.findall(r'^#+ (.+)$', file.read_text(encoding='utf-8'), re.MULTILINE)
+            anchors = {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
+            assert anchor in anchors, f'{name(path)}: {target}#{anchor}'
 
 
 def test_there_are_pages_for_all_worlds():
