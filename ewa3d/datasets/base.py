@@ -144,6 +144,7 @@ class PointDataset(Dataset):
 
     @property
     def epoch(self) -> int:
+        """Whose augmentation samples have."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
