@@ -47,6 +47,7 @@ class ConvertReport:
 
     @property
     def written(self) -> bool:
+        """Whether there is a file."""
         return not self.refused
 
     def __str__(self) -> str:

@@ -55,6 +55,7 @@ class Accuracy(BaseMetric):
 
     @property
     def classes(self) -> list[str] | None:
+        """The names of the data set's classes, where it has them."""
         return list((self.dataset_meta or {}).get('classes') or []) or None
 
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:

@@ -180,6 +180,9 @@ def kept_boxes(boxes: Tensor, objectness: Tensor, labels: Tensor, points: Tensor
 
     Shape:
         - boxes ``(Q, 7)``, objectness and labels ``(Q,)``, points ``(P, 3+F)``; returns indices ``(Q',)``.
+
+    Raises:
+        ValueError: ``min_points`` without the points.
     """
     kept = torch.arange(len(boxes))
     if min_points and len(boxes):
@@ -212,7 +215,11 @@ def match_boxes(iou: np.ndarray, scores: np.ndarray, limit: float) -> np.ndarray
 
 
 def average_precision(scores: np.ndarray, hits: np.ndarray, truth: int) -> tuple[float, float]:
-    """The area under the monotonic precision over recall, and the last recall; 0 without true boxes."""
+    """The area under the monotonic precision over recall, and the last recall; 0 without true boxes.
+
+    Shape:
+        - scores and hits (bool) ``(P,)``, one a prediction.
+    """
     if not truth or not len(scores):
         return 0., 0.
     right = np.cumsum(hits[np.argsort(-scores, kind='stable')])

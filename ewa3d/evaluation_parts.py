@@ -58,6 +58,7 @@ class PartIoU(SummedMetric):
 
     @property
     def num_parts(self) -> int:
+        """How many parts there are in all categories."""
         return 1 + max(max(ids) for ids in self.parts.values())
 
     def size(self) -> int:

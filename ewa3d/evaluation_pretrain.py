@@ -68,6 +68,9 @@ class ReconstructionError(SummedMetric):
 
     Each sample has ``pred_points`` ``(M, 3)``; the input is taken from the batch.
 
+    Args:
+        prefix: stands before the names of the numbers, ``PREFIX/CD-L1``.
+
     Raises:
         KeyError, ValueError: a sample without a reconstruction, nothing to evaluate, or more samples than the data set
             has.
@@ -96,6 +99,7 @@ class CodeUsage(SummedMetric):
     Each sample has ``pred_tokens`` ``(G,)``.
 
     Args:
+        prefix: stands before the names of the numbers.
         num_tokens: size of the vocabulary.
 
     Raises:
@@ -132,6 +136,9 @@ class TokenAccuracy(SummedMetric):
     """``token_acc``: the share of masked patches, in percent, for which the tokenizer's code was predicted.
 
     Each sample has ``pred_tokens``, ``gt_tokens`` and ``masked`` ``(G,)``.
+
+    Args:
+        prefix: stands before the name of the number.
 
     Raises:
         KeyError, ValueError: a sample without one of them, no masked patch, nothing to evaluate, or more samples than

@@ -30,6 +30,9 @@ def draw_curves(panels: Mapping[str, Mapping], path, *, xlabel: str = 'epoch', h
     Args:
         panels: what the y axis shows → name of a curve → ``y`` values, or a pair ``(x, y)``. Non-finite values leave
             a gap. A name has the same colour in every panel.
+
+    Raises:
+        ValueError: nothing to draw, or another suffix.
     """
     if not panels or not all(panels.values()):
         raise ValueError('panels is empty or has a panel without curves; expected {"loss": {"run": values}}')
@@ -69,6 +72,9 @@ def draw_confusion(matrix, classes: Sequence[str], path, *, heading: str = '') -
 
     Shape:
         - matrix: ``(K, K)`` non-negative counts, with ``K = len(classes)``.
+
+    Raises:
+        ValueError: another shape, entries that are no counts, or another suffix.
     """
     counts = as_numpy(matrix)
     size = len(classes)
@@ -108,10 +114,12 @@ def _curve(values, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_numpy(value) -> np.ndarray:
+    """An array of what may be a tensor on any device."""
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
 def new_figure(width: float, height: float):
+    """A figure of this size in inches, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), facecolor='white')
@@ -134,6 +142,11 @@ def _plain_text(figure):
 
 
 def save_figure(figure, path) -> Path:
+    """Write a figure; the same one gives the same file.
+
+    Raises:
+        ValueError: a suffix that is none of a picture.
+    """
     path = Path(path)
     if path.suffix.lower() not in NO_DATE:
         raise ValueError(f'{path}: expected a file name that ends in {", ".join(NO_DATE)}')

@@ -70,7 +70,11 @@ def write_gallery(items: Sequence[Mapping], dataset, stem: str | Path, heading: 
 
 
 def sample_cells(items: Sequence[Mapping], dataset, predicted: bool = False) -> dict:
-    """Keywords for :func:`ewa3d.visualization.draw_clouds`, or, with ``images``, for ``draw_images``."""
+    """Keywords for :func:`ewa3d.visualization.draw_clouds`, or, with ``images``, for ``draw_images``.
+
+    Raises:
+        KeyError: inputs that cannot be drawn. ValueError: clips of different lengths.
+    """
     metainfo = getattr(dataset, 'metainfo', None) or {}
     classes, samples = list(metainfo.get('classes') or ()), [item['data_samples'] for item in items]
     inputs = [item['inputs'] for item in items]

@@ -332,7 +332,11 @@ def _collated(model: nn.Module, group: list) -> tuple[dict, list[Sample], list]:
 
 def predict(model: nn.Module, points, category=None, task: str | None = None, threshold: float | None = None,
             pipeline: Sequence | None = None, batch_size: int = 32) -> Prediction | list[Prediction]:
-    """What ``model`` says about clouds, images or clips; see :meth:`ewa3d.models.task.TaskModel.predict`."""
+    """What ``model`` says about clouds, images or clips; see :meth:`ewa3d.models.task.TaskModel.predict`.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
     if getattr(model, 'head', None) is None and getattr(model, 'tasks', None) is None:
         raise ValueError('predict needs a head; this model has none, extract gives its features')
     if threshold is not None:

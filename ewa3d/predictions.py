@@ -104,7 +104,7 @@ def prediction_of(sample: Sample, entry: Mapping, cloud: Tensor | None, usage, t
 
     Args:
         entry: what was given: ``name``, ``label`` (the category) and, of an array, ``points``.
-        cloud: the model's input, where it is one.
+        cloud: the model's input ``(N, 3+F)``, where it is a cloud.
         usage: :class:`ewa3d.inference.Usage`.
         threshold: of objectness; ``None``: the evaluation's.
 

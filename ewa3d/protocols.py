@@ -172,6 +172,9 @@ class VotingHook(Hook):
         times: number of passes.
         pipeline: transforms of the voting passes in place of the test's; those of the training, as a rule.
         seed: of the passes; by default the run's.
+
+    Raises:
+        ValueError: no pipeline, or fewer than one pass.
     """
     adds_metrics = True
     priority = 'HIGHEST'

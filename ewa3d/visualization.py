@@ -133,6 +133,9 @@ def draw_predictions(clouds: Sequence, truth: Sequence[int], predicted: Sequence
 
     Args:
         truth, predicted: class indices, one a cloud. classes: their names. kwargs: of :func:`draw_clouds`.
+
+    Raises:
+        ValueError: another number of labels than clouds, labels outside of the classes, and as :func:`draw_clouds`.
     """
     truth, predicted = _labels(truth, len(classes), 'truth'), _labels(predicted, len(classes), 'predicted')
     clouds = listed(clouds, 'clouds')
@@ -182,6 +185,9 @@ def part_cells(clouds: Sequence, truth: Sequence, predicted: Sequence, names: Se
 
     Args:
         clouds: ``(N_i, 3 + F)``. truth, predicted: ``(N_i,)`` part labels. names: of the clouds.
+
+    Raises:
+        ValueError: another number of labels than points.
     """
     clouds = listed(clouds, 'clouds')
     names = per_cloud(names, len(clouds), '', 'names')

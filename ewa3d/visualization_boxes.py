@@ -59,6 +59,9 @@ def box_edges(boxes, step: float, name: str = 'boxes') -> tuple[np.ndarray, np.n
 
     Shape:
         - boxes ``(M, 7)``; returns ``(P, 3)`` float64 and ``(P,)`` int64.
+
+    Raises:
+        ValueError: another shape, or numbers that are not finite.
     """
     boxes = torch.as_tensor(boxes).detach().cpu().double()
     check_boxes(boxes, name)

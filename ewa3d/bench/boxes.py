@@ -68,10 +68,12 @@ def rectangle(box: np.ndarray) -> list[tuple[float, float]]:
 
 
 def overlap_plain(first: list, second: list) -> list[list[float]]:
+    """The common areas of all pairs of convex polygons, lists of ``(x, y)``, in plain Python."""
     return [[area(clip_convex(p, q)) for q in second] for p in first]
 
 
 def overlap_shapely(first: list, second: list) -> list[list[float]]:
+    """The same by shapely."""
     from shapely.geometry import Polygon
     first, second = map(Polygon, first), list(map(Polygon, second))
     return [[p.intersection(q).area for q in second] for p in first]

@@ -92,7 +92,11 @@ class Row:
 
 
 def measure(case: Case, settings: Settings, suite: str = '') -> list[Row]:
-    """Time the variants of ``case`` in turns, ``settings.repeat`` rounds, after two untimed calls of each."""
+    """Time the variants of ``case`` in turns, ``settings.repeat`` rounds, after two untimed calls of each.
+
+    Raises:
+        ValueError: fewer than one round.
+    """
     if settings.repeat < 1:
         raise ValueError(f'repeat = {settings.repeat}; expected at least 1')
     work = {}

@@ -68,7 +68,11 @@ class NaiveClassifier(nn.Module):
 
 
 def scale_and_translate(points: Tensor) -> Tensor:
-    """The published augmentation, in place: cloud by cloud, with factors and shifts that numpy draws on the host."""
+    """The published augmentation, in place: cloud by cloud, with factors and shifts that numpy draws on the host.
+
+    Shape:
+        - points ``(B, N, 3)``.
+    """
     for cloud in points:
         factor, shift = np.random.uniform(2 / 3, 3 / 2, 3), np.random.uniform(-0.2, 0.2, 3)
         factor, shift = (torch.from_numpy(value).float().to(points.device) for value in (factor, shift))

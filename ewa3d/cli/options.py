@@ -10,7 +10,7 @@ from ewa3d.config_files import find_config
 from ewa3d.files import check_writable
 from ewa3d.registry import nearest
 
-__all__ = ['Parser', 'add_cfg_options', 'configured', 'load_config', 'prepare', 'running']
+__all__ = ['Parser', 'add_cfg_options', 'configured', 'default_work_dir', 'load_config', 'prepare', 'running']
 
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 
@@ -40,6 +40,7 @@ def configured(parser: Parser) -> Parser:
 
 
 def add_cfg_options(parser: Parser) -> None:
+    """``--cfg-options k=v …``."""
     parser.add_argument('--cfg-options', nargs='+', action=_Options, default={}, metavar='k=v',
                         help='override parts of the config: train_cfg.max_epochs=30')
 
@@ -134,11 +135,16 @@ def _check_missing_list(key: str, present: int) -> None:
                        f"{name.replace('.', '=dict(')}=[dict(type='…')]{')' * name.count('.')} into the config{named}")
 
 
+def default_work_dir(config: str) -> str:
+    """Where a run of a config goes unless it is told."""
+    return str(Path('work_dirs') / Path(config).stem)
+
+
 def prepare(args) -> Config:
     """The config of a command with :func:`configured` or :func:`running`."""
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir(args.config)
     check_writable(cfg.work_dir, '--work-dir')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return cfg

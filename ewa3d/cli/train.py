@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ewa3d.cli.options import Parser, prepare, running
+from ewa3d.cli.options import Parser, default_work_dir, prepare, running
 
 __all__ = ['leave_group', 'main', 'train']
 
@@ -43,6 +43,8 @@ def train(args) -> int:
     if args.print_config:
         with contextlib.suppress(FileNotFoundError):  # a config can be read where its data are not
             fill_num_classes(cfg)
+        if not args.work_dir and cfg.work_dir == default_work_dir(args.config):
+            cfg.pop('work_dir')  # written to a file, the config has another name
         sys.stdout.write(cfg.pretty_text)
         return 0
     try:

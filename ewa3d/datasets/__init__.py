@@ -4,6 +4,7 @@ from ewa3d.datasets.clips import ClipFlip, LoadClip, PackClip, ThreeCrop
 from ewa3d.datasets.collate import Batch, packed_collate
 from ewa3d.datasets.fewshot import FewShot
 from ewa3d.datasets.folder import FolderPointCloud
+from ewa3d.datasets.folder_parts import FolderParts
 from ewa3d.datasets.image_transforms import ImageTransforms, PackImage
 from ewa3d.datasets.images import CIFAR10, CIFAR100, Digits, ImageDataset, ImageFolder, ImageNet
 from ewa3d.datasets.mixed import MixedBatches, MixedDataset, MixedSampler
@@ -30,10 +31,10 @@ from ewa3d.datasets.transforms import (
 )
 from ewa3d.datasets.videos import MovingShapes, VideoDataset
 
-__all__ = ['PointDataset', 'FewShot', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55', 'ShapeNetPart',
-           'SyntheticShapes', 'KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale', 'RandomShift',
-           'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack', 'FolderScenes', 'ScanNetDetection', 'SUNRGBDDetection',
-           'SyntheticScenes', 'AddHeight', 'PackBoxes', 'RandomCuboid', 'SceneFlip', 'SceneRotate', 'SceneScale',
-           'CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset', 'ImageFolder', 'ImageNet', 'ImageTransforms', 'PackImage',
-           'MixedBatches', 'MixedDataset', 'MixedSampler', 'RepeatedSampler', 'ClipFlip', 'LoadClip', 'PackClip',
-           'ThreeCrop', 'MovingShapes', 'VideoDataset', 'Batch', 'packed_collate']
+__all__ = ['PointDataset', 'FewShot', 'FolderParts', 'FolderPointCloud', 'ModelNet', 'ScanObjectNN', 'ShapeNet55',
+           'ShapeNetPart', 'SyntheticShapes', 'KeepAll', 'Normalize', 'Resample', 'UpAxis', 'RandomScale',
+           'RandomShift', 'RandomRotate', 'RandomJitter', 'RandomDrop', 'Pack', 'FolderScenes', 'ScanNetDetection',
+           'SUNRGBDDetection', 'SyntheticScenes', 'AddHeight', 'PackBoxes', 'RandomCuboid', 'SceneFlip',
+           'SceneRotate', 'SceneScale', 'CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset', 'ImageFolder', 'ImageNet',
+           'ImageTransforms', 'PackImage', 'MixedBatches', 'MixedDataset', 'MixedSampler', 'RepeatedSampler',
+           'ClipFlip', 'LoadClip', 'PackClip', 'ThreeCrop', 'MovingShapes', 'VideoDataset', 'Batch', 'packed_collate']

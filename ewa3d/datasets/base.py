@@ -50,6 +50,7 @@ class PointDataset(Dataset):
     ``(seed, epoch, index)`` alone: the augmentation does not change with the number of workers.
 
     Args:
+        label_seed: of the draw of ``label_fraction``.
         data_root: folder of the data.
         split: which part; a subclass says which ones it has in ``SPLITS``.
         pipeline: transforms, as config dicts or callables ``results -> results``.
@@ -143,6 +144,7 @@ class PointDataset(Dataset):
 
     @property
     def epoch(self) -> int:
+        """Whose augmentation samples have."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:

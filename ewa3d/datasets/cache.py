@@ -254,7 +254,11 @@ def thinned(size: int, max_points: int, seed: int) -> np.ndarray:
 
 
 def prepared_rows(cloud: np.ndarray, max_points: int) -> np.ndarray:
-    """Row indices of the points that a cache would keep of a cloud, in its order."""
+    """Row indices of the points that a cache would keep of a cloud, in its order.
+
+    Shape:
+        - cloud ``(N, 3+F)``; returns ``(M,)`` int64, at most ``max_points`` of them.
+    """
     if len(cloud) <= max(THIN, max_points):
         return fps_order([cloud], max_points)[0]
     rows = thinned(len(cloud), max_points, 0)

@@ -241,8 +241,12 @@ class ClipFlip:
     """Mirror all frames of a sample, left to right, with probability ``p``.
 
     Args:
+        p: probability.
         swap: pairs of labels that mirroring turns into one another (Something-Something's "left to right" and "right to
             left"): a dict of one to the other; the other way round is meant, too.
+
+    Raises:
+        TypeError, ValueError: no probability, or ``swap`` is no dict of labels.
     """
 
     def __init__(self, p: float = 0.5, swap: Mapping[int, int] | None = None):
@@ -265,6 +269,9 @@ class ClipFlip:
 class ThreeCrop:
     """Three squares of ``size`` from each frame, at the ends and in the middle of the longer side and in the middle of
     the other one: views of their own.
+
+    Args:
+        size: side of a square, in pixels.
 
     Raises:
         ValueError: frames smaller than ``size``.

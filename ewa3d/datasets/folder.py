@@ -9,15 +9,15 @@ import numpy as np
 
 from ewa3d.datasets.base import DATA_ERRORS, PointDataset, require_folder
 from ewa3d.datasets.cache import cached_clouds
-from ewa3d.datasets.io import EXTENSIONS, MESH_POINTS, read_cloud
+from ewa3d.datasets.io import EXTENSIONS, MESH_POINTS, Cloud, read_cloud
 from ewa3d.registry import DATASETS, nearest
 
 __all__ = ['FolderPointCloud']
 
 logger = logging.getLogger('ewa3d')
 SPLITS = ('train', 'val', 'test')
-# Lies beside clouds and is none: materials and pictures of meshes, notes, what desktops leave behind.
-COMPANIONS = frozenset(('.mtl', '.png', '.jpg', '.jpeg', '.md', '.json', '.db', '.ini'))
+# Lies beside clouds and is none: materials and pictures of meshes, parts, notes, what desktops leave behind.
+COMPANIONS = frozenset(('.mtl', '.png', '.jpg', '.jpeg', '.md', '.json', '.db', '.ini', '.seg'))
 
 
 @DATASETS.register_module()
@@ -46,6 +46,7 @@ class FolderPointCloud(PointDataset):
     """
 
     SPLITS = (*SPLITS, None)
+    LEAST_CLASSES = 2
 
     def __init__(self, data_root: str | Path, split: str | None = 'train', classes: Sequence[str] | None = None,
                  extensions: Sequence[str] | None = None, normals: bool = False, num_features: int | None = None,
@@ -68,7 +69,7 @@ class FolderPointCloud(PointDataset):
 
     def load_metainfo(self) -> dict:
         wanted = wanted_classes(self.data_root, self._tree.classes, self._wanted_classes)
-        if len(wanted) < 2 and self._wanted_classes is None:
+        if len(wanted) < self.LEAST_CLASSES and self._wanted_classes is None:
             raise ValueError(f'{self.data_root}: holds only one class, {wanted[0]!r}; if that is meant, say so with '
                              f'classes={list(wanted)}')
         return dict(classes=wanted, up_axis=self.up_axis, normals=self.normals)
@@ -80,15 +81,10 @@ class FolderPointCloud(PointDataset):
                 items += [(file, label) for file in self._files(folder)]
         if not items:
             raise ValueError(f'{self._what} has no samples')
-        settings = dict(features=self.num_features, normals=self.normals, mesh_points=self.mesh_points,
-                        mesh_seed=self.mesh_seed, classes=self._wanted_classes,
-                        extensions=self.extensions and sorted(self.extensions))
-        if self.on_error == 'skip':
-            settings['on_error'] = 'skip'  # that cache may have clouds without points
         files = [file for file, _ in items]
         name = f'{self.data_root.resolve().name}_{self.split or "all"}'
-        self._clouds = cached_clouds(self.cache_dir, name, settings, files, self.data_root, lambda: self._read(files),
-                                     len(files), self.max_points)
+        self._clouds = cached_clouds(self.cache_dir, name, self._settings(), self._sources(files), self.data_root,
+                                     lambda: self._read(files), len(files), self.max_points)
         return [dict(name=str(file.relative_to(self.data_root)), label=label, row=row, fps_ordered=True)
                 for row, (file, label) in enumerate(items)]
 
@@ -97,6 +93,19 @@ class FolderPointCloud(PointDataset):
         if not len(points):
             raise ValueError(f'{self.data_root / entry["name"]}: could not be read when the cache was written')
         return dict(points=points, max_points=self.max_points)
+
+    def _settings(self) -> dict:
+        """What the cached clouds depend on beside their files."""
+        settings = dict(features=self.num_features, normals=self.normals, mesh_points=self.mesh_points,
+                        mesh_seed=self.mesh_seed, classes=self._wanted_classes,
+                        extensions=self.extensions and sorted(self.extensions))
+        if self.on_error == 'skip':
+            settings['on_error'] = 'skip'  # that cache may have clouds without points
+        return settings
+
+    def _sources(self, files: list[Path]) -> list[Path]:
+        """All files that the clouds come from."""
+        return files
 
     def _files(self, folder: Path) -> list[Path]:
         """The clouds in a class folder, sorted."""
@@ -125,18 +134,28 @@ class FolderPointCloud(PointDataset):
                 if self.on_error == 'raise':
                     raise
                 logger.warning('%s', error)
-                yield np.empty((0, 3 + self.num_features), np.float32)
+                yield np.empty((0, self._columns), np.float32)
+
+    @property
+    def _columns(self) -> int:
+        """How many columns are read of a file."""
+        return 3 + self.num_features
 
     def _read_file(self, file: Path) -> np.ndarray:
+        return self._wanted_columns(file, self._read_all_columns(file))
+
+    def _wanted_columns(self, file: Path, cloud: Cloud) -> np.ndarray:
         wanted = 3 + self.num_features
-        rng = np.random.default_rng((self.mesh_seed, zlib.crc32(str(file.relative_to(self.data_root)).encode())))
-        cloud = read_cloud(file, self.mesh_points, rng)
         if self.normals and cloud.normals is False:
             raise ValueError(f'{file}: normals=True, but the file has none')
         if cloud.points.shape[1] < wanted:
             raise ValueError(f'{file}: {wanted} columns are wanted (xyz and num_features={self.num_features}), it '
                              f'has {cloud.points.shape[1]}')
         return cloud.points[:, :wanted]
+
+    def _read_all_columns(self, file: Path) -> Cloud:
+        rng = np.random.default_rng((self.mesh_seed, zlib.crc32(str(file.relative_to(self.data_root)).encode())))
+        return read_cloud(file, self.mesh_points, rng)
 
 
 class Tree:

@@ -111,6 +111,9 @@ class PackImage:
 
     Args:
         mean, std: where given, a value a channel: the image is normalised by them.
+
+    Raises:
+        ValueError: ``mean`` without ``std`` or of another length, a ``std`` that is not positive.
     """
 
     def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):

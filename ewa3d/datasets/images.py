@@ -53,6 +53,9 @@ class ImageDataset(PointDataset):
 
     Args:
         mode: ``'RGB'``, or ``'L'`` for one channel; of files.
+
+    Raises:
+        ValueError: another mode, a file that does not decode; and as ``PointDataset``.
     """
     UNREADABLE = 'images do not decode'
 

@@ -216,7 +216,11 @@ def own_array(file, key: str, path: Path):
 
 def read_off(path: Path) -> Mesh:
     """An OFF mesh. Also read: a header that runs into the counts (``OFF490 518 0``, as many ModelNet files have it),
-    comments, polygons (split into a fan of triangles), colours behind a vertex or a face, lines broken anywhere."""
+    comments, polygons (split into a fan of triangles), colours behind a vertex or a face, lines broken anywhere.
+
+    Raises:
+        ValueError: naming the file: no OFF, or one that is cut off.
+    """
     lines = [line.split('#')[0].strip() for line in path.read_text('utf-8-sig', errors='replace').splitlines()]
     lines = [line for line in lines if line]
     header = re.fullmatch(r'(?:ST)?C?N?OFF\s*(.*)', lines[0], re.IGNORECASE) if lines else None

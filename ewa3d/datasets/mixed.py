@@ -46,6 +46,7 @@ class MixedDataset(Dataset):
 
     @property
     def metainfo(self) -> dict:
+        """``sources``: name → metainfo of that data set."""
         return dict(sources={name: dict(getattr(dataset, 'metainfo', None) or {})
                              for name, dataset in zip(self.names, self.datasets)})
 
@@ -57,6 +58,7 @@ class MixedDataset(Dataset):
 
     @property
     def sizes(self) -> list[int]:
+        """How many samples each source has."""
         return [len(dataset) for dataset in self.datasets]
 
     def __len__(self) -> int:

@@ -50,6 +50,10 @@ class ModelNet(PointDataset):
         metainfo: ``dict(up_axis='y')`` for files that are turned another way than their layout usually is.
         max_points: how many points of a cloud are kept at most.
         mesh_points, mesh_seed: how the points of a mesh are drawn.
+
+    Raises:
+        FileNotFoundError: no folder, or none of the layouts in it.
+        ValueError: another variant, split or layout; naming the file: one that cannot be read.
     """
 
     SPLITS = ('train', 'test')

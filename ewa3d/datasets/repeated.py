@@ -19,6 +19,7 @@ class RepeatedSampler(Sampler):
     where there are several, and each is augmented anew.
 
     Args:
+        repeats: how often a sample comes in an epoch that has it, at least 1.
         dataset: one whose samples can be asked for as ``(index, repeat)``, as this package's can.
         seed: by default the run's.
 

@@ -27,6 +27,8 @@ class RandomCuboid:
     more, and a box stays; after ``tries`` the scene is left as it is. Scenes without boxes are cut as well.
 
     Args:
+        min_points: points that a cuboid has at least.
+        aspect: the least ratio of the shares of one pair of sides. tries: cuboids that are drawn at most.
         crop: smallest and largest share of the extent.
     """
 
@@ -61,7 +63,14 @@ class RandomCuboid:
 
 @TRANSFORMS.register_module()
 class SceneFlip:
-    """Mirror the scene: each of ``axes`` with probability ``p`` (``'x'`` turns x into −x)."""
+    """Mirror the scene: each of ``axes`` with probability ``p`` (``'x'`` turns x into −x).
+
+    Args:
+        axes: of ``'x'``, ``'y'``, ``'xy'``. p: probability of each.
+
+    Raises:
+        TypeError, ValueError: other axes, or no probability.
+    """
 
     def __init__(self, axes: str = 'x', p: float = 0.5):
         if not isinstance(axes, str) or not axes or set(axes) - set('xy'):
@@ -85,6 +94,7 @@ class SceneRotate:
     """Turn the scene about the z axis by an angle drawn from ``[-degrees, degrees]`` (or from a pair).
 
     Args:
+        degrees: the largest angle to either side, or the smallest and the largest.
         refit: boxes stay along the axes: each becomes the hull of the turned one, as for ScanNet, whose boxes have no
             heading.
     """
@@ -106,7 +116,11 @@ class SceneRotate:
 
 @TRANSFORMS.register_module()
 class SceneScale:
-    """Multiply the scene by one factor drawn from ``scale``, height feature included."""
+    """Multiply the scene by one factor drawn from ``scale``, height feature included.
+
+    Args:
+        scale: the smallest and the largest factor.
+    """
 
     def __init__(self, scale: Sequence[float] = (0.85, 1.15)):
         self.scale = span('SceneScale: scale', scale, '(0, inf)')
@@ -123,7 +137,11 @@ class SceneScale:
 
 @TRANSFORMS.register_module()
 class AddHeight:
-    """Append the height above the floor as the last column; the floor is a low percentile of z, as in VoteNet."""
+    """Append the height above the floor as the last column; the floor is a low percentile of z, as in VoteNet.
+
+    Args:
+        percentile: of z, in percent, that counts as the floor.
+    """
 
     def __init__(self, percentile: float = 0.99):
         self.percentile = check_number('AddHeight: percentile', percentile, '[0, 100]')

@@ -112,11 +112,16 @@ class Resample:
     ``random_start=True`` does so.
 
     Args:
+        num_points: how many points are kept.
+        method: ``'fps'`` or ``'random'``. pool: of ``'random'``, see above; all points unless given.
         replace: ``method='random'`` draws with repetition, as published part segmentation does.
         random_start: sample farthest points from a point drawn at random, among all points of the cloud. It costs some
             25 ms a cloud on one idle core for 1200 of 8192 points, a slice costs nothing; meant for training.
         pad: what to do with a cloud of fewer than ``num_points``: ``None`` is an error, ``'repeat'`` keeps all of it
             and adds points of it at random.
+
+    Raises:
+        TypeError, ValueError: settings that do not go together; a cloud with too few points where ``pad`` is ``None``.
     """
 
     def __init__(self, num_points: int, method: str = 'fps', pool: int | None = None, pad: str | None = None,
@@ -197,7 +202,14 @@ class KeepAll:
 
 @TRANSFORMS.register_module()
 class UpAxis:
-    """Turn the cloud by 90 degrees so that ``to`` is its up axis; the data set's metainfo says which one is now."""
+    """Turn the cloud by 90 degrees so that ``to`` is its up axis; the data set's metainfo says which one is now.
+
+    Args:
+        to: ``'x'``, ``'y'`` or ``'z'``.
+
+    Raises:
+        ValueError: another axis, or a data set that does not say which way is up.
+    """
 
     def __init__(self, to: str = 'z'):
         if to not in tuple(AXES):
@@ -226,7 +238,11 @@ def up_axis(results: dict) -> str:
 
 @TRANSFORMS.register_module()
 class RandomScale:
-    """Multiply the coordinates by a factor drawn from ``scale``: one an axis, or one for all (``per_axis=False``)."""
+    """Multiply the coordinates by a factor drawn from ``scale``: one an axis, or one for all (``per_axis=False``).
+
+    Args:
+        scale: the smallest and the largest factor. per_axis: a factor for each axis.
+    """
 
     def __init__(self, scale: Sequence[float] = (2 / 3, 3 / 2), per_axis: bool = True):
         self.scale = span('RandomScale: scale', scale, '(0, inf)')
@@ -246,7 +262,11 @@ class RandomScale:
 
 @TRANSFORMS.register_module()
 class RandomShift:
-    """Move the cloud by a vector with components drawn from ``[-shift, shift]`` (or from a pair)."""
+    """Move the cloud by a vector with components drawn from ``[-shift, shift]`` (or from a pair).
+
+    Args:
+        shift: the largest component, or the smallest and the largest, in the unit of the cloud.
+    """
 
     def __init__(self, shift: float | Sequence[float] = 0.2):
         self.shift = span('RandomShift: shift', shift)
@@ -263,7 +283,11 @@ class RandomRotate:
     """Turn the cloud about an axis by an angle drawn from ``[-degrees, degrees]`` (or from a pair).
 
     Args:
+        degrees: the largest angle to either side, or the smallest and the largest.
         axis: ``'x'``, ``'y'``, ``'z'``, or ``'up'`` for the data set's up axis.
+
+    Raises:
+        TypeError, ValueError: another axis, or no angles; ``'up'`` where the data set does not say which way that is.
     """
 
     def __init__(self, axis: str = 'up', degrees: float | Sequence[float] = 180):
@@ -291,7 +315,11 @@ def rotation(axis: int, angle: float) -> np.ndarray:
 
 @TRANSFORMS.register_module()
 class RandomJitter:
-    """Add normal noise of standard deviation ``sigma`` to every coordinate, clipped to ``[-clip, clip]``."""
+    """Add normal noise of standard deviation ``sigma`` to every coordinate, clipped to ``[-clip, clip]``.
+
+    Args:
+        sigma: standard deviation, in the unit of the cloud. clip: the largest shift of a coordinate.
+    """
 
     def __init__(self, sigma: float = 0.01, clip: float = 0.05):
         self.sigma = check_number('RandomJitter: sigma', sigma, '[0, inf)')
@@ -309,6 +337,9 @@ class RandomDrop:
     """Replace a random share of the points, up to ``max_ratio``, by the first one: PointNet++'s input dropout.
 
     The number of points stays, so that clouds still stack.
+
+    Args:
+        max_ratio: the largest share, in ``[0, 1]``.
     """
 
     def __init__(self, max_ratio: float = 0.5):

@@ -172,6 +172,7 @@ class ExpertAveraging:
 
     @property
     def step(self) -> int:
+        """Optimizer steps that are done."""
         return self._step
 
     @step.setter

@@ -324,6 +324,9 @@ def select_weights(checkpoint: Mapping, weights: str = 'default') -> tuple[dict,
     Args:
         checkpoint: what :func:`read_checkpoint` returned.
         weights: ``'default'`` (whatever ``state_dict`` holds), ``'ema'`` or ``'raw'``.
+
+    Raises:
+        ValueError: another name, or the checkpoint does not hold these.
     """
     if weights not in ('default', 'ema', 'raw'):
         raise ValueError(f"weights must be 'default', 'ema' or 'raw', got {weights!r}")

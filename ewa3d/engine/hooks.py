@@ -52,7 +52,12 @@ class EWAHook(Hook):
 
     Args:
         log_interval: the spread is taken every so many iterations, and at the end of every epoch.
-        **kwargs: ``share_rate``, ``schedule``, ``begin``, ``end``, ``every``, ``average_moments`` of ``attach_ewa``.
+        share_rate: the largest β, in ``[0, (E - 1) / E]``.
+        schedule: how β goes over the run: ``'constant'``, ``'linear'`` (0 to β), ``'cosine'``, or in Python a function
+            of progress that gives a factor.
+        begin, end: fractions of the run between which experts are averaged; the schedule runs over this window.
+        every: average after every k-th optimizer step.
+        average_moments: treat the optimizer's moments alike.
 
     Raises:
         TypeError, ValueError: the model has no experts, the optimizer does not hold them, or a number is out of range.
@@ -313,7 +318,12 @@ def _trim_metrics(path: Path, runner) -> None:
 
 @HOOKS.register_module()
 class LoggerHook(_LoggerHook):
-    """mmengine's console log, shorter: per-class values become a table at the test, nothing is dumped beside it."""
+    """mmengine's console log, shorter: per-class values become a table at the test, nothing is dumped beside it.
+
+    Args:
+        interval: a line every so many iterations.
+        interval_exp_name: the experiment's name every so many iterations; practically never unless given.
+    """
 
     def __init__(self, interval: int = 50, interval_exp_name: int = 10**9, **kwargs):
         super().__init__(interval=interval, interval_exp_name=interval_exp_name, **kwargs)

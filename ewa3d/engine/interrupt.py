@@ -23,7 +23,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @contextmanager
 def catch_signals() -> Iterator[SimpleNamespace]:
     """Take down the first SIGINT or SIGTERM as ``.number`` of what this gives (0 before) and go on; the second one is
-    a ``KeyboardInterrupt`` on the spot. In another thread than the main one, signals stay what they are."""
+    a ``KeyboardInterrupt`` on the spot. In another thread than the main one, signals stay what they are.
+
+    Raises:
+        KeyboardInterrupt: at the second signal.
+    """
     caught, own = SimpleNamespace(number=0), os.getpid()
 
     def take_down(number: int, frame) -> None:

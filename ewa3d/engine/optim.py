@@ -110,6 +110,7 @@ class WarmupCosineLR(_ParamScheduler):
     ``T`` is the run's number of iterations: changing ``train_cfg.max_epochs`` alone rescales everything.
 
     Args:
+        last_step, by_epoch, verbose: mmengine's, which builds schedulers with them; to be left as they are.
         optimizer: the optimizer (wrapper).
         warmup: share of the run, in ``[0, 1)``: ten of 300 epochs are ``1/30``.
         warmup_factor: where the warm-up starts, relative to the base rate.

@@ -20,6 +20,7 @@ class BatchNormMomentumHook(Hook):
     running statistics are averaged over more and more steps. The defaults are those of Point-BERT's part segmentation.
 
     Args:
+        interval: epochs between two changes.
         start: the momentum of the first epochs. decay: its factor every ``interval`` epochs. floor: its least value.
 
     Raises:

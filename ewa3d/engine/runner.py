@@ -115,6 +115,7 @@ class Runner(_Runner):
         return super().build_visualizer(visualizer)
 
     def get_hooks_info(self) -> str:
+        """The names of the hooks, in their order, for the log."""
         return ', '.join(type(hook).__name__ for hook in self._hooks)
 
     def _log_env(self, env_cfg: dict) -> None:

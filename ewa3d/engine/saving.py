@@ -40,7 +40,15 @@ class CheckpointHook(_CheckpointHook):
         save_best: a metric, e.g. ``'OA'``: also keep ``best_OA_epoch_N.pth``, chosen on the validation split.
         on_error: what a checkpoint that cannot be written (no space, no permission) is: ``'raise'`` ends the run,
             ``'continue'`` logs it and tries again at the next one. What was there before stays in either case.
-        Others: as mmengine's.
+        by_epoch: count in epochs, not iterations. save_begin: nothing is saved before.
+        save_optimizer, save_param_scheduler: without them a run cannot be resumed.
+        out_dir: another folder than the work dir. filename_tmpl: mmengine's, ``'epoch_{}.pth'`` unless given.
+        save_last: the end of the run is saved whatever ``interval`` is.
+        rule: ``'greater'`` or ``'less'``, where the metric of ``save_best`` does not tell which is better.
+        greater_keys, less_keys: beginnings of metric names that are better when greater, or less.
+
+    Raises:
+        ValueError: another ``on_error``; and as mmengine's.
     """
     _default_greater_keys = [*_CheckpointHook._default_greater_keys, 'OA', 'IoU', 'AP']  # noqa: RUF012
 

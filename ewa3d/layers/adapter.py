@@ -80,7 +80,7 @@ class LinearAdapter(Reparam):
         Args:
             plain: an ``nn.Linear``; a subclass is refused, because whoever uses one may read its weight.
             position: ``'before'`` or ``'after'`` the layer.
-            rank: of the bottleneck; ``ratio`` of the width that it stands in unless given.
+            rank: of the bottleneck. ratio: its share of the width that it stands in, where ``rank`` is not given.
             scale: of the bottleneck beside the identity (0.5 for Kinetics, UCF101 and HMDB51, 1 for Something v2).
             dropout: between its two layers.
             bias: of its two layers. By default as ``plain`` has it: with one beside a layer that has none, the fused

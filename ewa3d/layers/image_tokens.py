@@ -19,6 +19,7 @@ class ImagePatchEmbed(nn.Module):
     the encoder's. A ViT adds them once: ``TokenEncoder(pos='first', qkv_bias=True, norm_eps=1e-6)``.
 
     Args:
+        embed_dim: C, width of a token.
         img_size, patch_size: in pixels, a number or ``(height, width)``.
         in_channels: of the image.
 

@@ -39,6 +39,9 @@ class RoutedFFN(Experts):
     Attributes:
         routing: what the last training forward left for :func:`routing_losses`, or ``None``.
         add_up: further calls before it is taken add to it (a layer at several places of a model).
+
+    Shape:
+        - ``(..., C)`` to ``(..., C')`` as the plain FFN.
     """
     averaged = False
     DENSE = ('mean',)  # what to_dense() knows

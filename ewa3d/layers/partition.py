@@ -192,7 +192,11 @@ def expert_layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, 
 
 
 def autocast(operand: Tensor) -> Tensor:
-    """An operand of a product as autocast would cast it where it is on (float64 stays)."""
+    """An operand of a product as autocast would cast it where it is on (float64 stays).
+
+    Shape:
+        - any; kept.
+    """
     kind = operand.device.type
     if not torch.is_autocast_enabled(kind) or operand.dtype == torch.float64:
         return operand
@@ -214,5 +218,9 @@ class _ScaleGrad(torch.autograd.Function):
 
 
 def scale_grad(x: Tensor, factor: float) -> Tensor:
-    """``x`` itself, with its gradient times ``factor``."""
+    """``x`` itself, with its gradient times ``factor``.
+
+    Shape:
+        - any; kept.
+    """
     return x if factor == 1 else _ScaleGrad.apply(x, factor)

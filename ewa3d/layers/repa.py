@@ -250,7 +250,11 @@ class RePaBlock(Reparam):
 
 
 class FoldedBlock(Fused):
-    """A block whose FFN branch, shortcut included, is one :class:`FoldedFFN`."""
+    """A block whose FFN branch, shortcut included, is one :class:`FoldedFFN`.
+
+    Shape:
+        - ``(B, L, C)``, kept.
+    """
 
     def __init__(self, block: RePaBlock, mlp: FoldedFFN):
         super().__init__()
@@ -276,7 +280,8 @@ def fold(ffn: RePaFFN, norm: nn.modules.batchnorm._BatchNorm | None = None, scal
     """A channel-idle FFN in eval mode as three linear maps; the products are taken in float64.
 
     Args:
-        ffn: the FFN. norm: a batch norm before it. scale: a factor for each output channel. shortcut: add the input.
+        ffn: the FFN. norm: a batch norm before it. scale: ``(C,)``, a factor for each output channel.
+        shortcut: add the input.
 
     Raises:
         ValueError: a batch norm without running statistics, a shortcut between different widths.

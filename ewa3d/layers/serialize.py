@@ -96,7 +96,11 @@ def z_encode(cells: Tensor, depth: int) -> Tensor:
 
 
 def z_decode(code: Tensor, dims: int, depth: int) -> Tensor:
-    """The cell ``(..., dims)`` of each number in z-order: the inverse of :func:`z_encode`."""
+    """The cell ``(..., dims)`` of each number in z-order: the inverse of :func:`z_encode`.
+
+    Raises:
+        TypeError: numbers that are not int64.
+    """
     _check_depth(depth, check_integer('dims', dims, 1))
     if code.dtype != torch.int64:
         raise TypeError(f'numbers of cells are int64, got {code.dtype}')

@@ -275,6 +275,7 @@ class S4(StateSpaceMixer):
     """The state space S4 (HiPPO-LegS, diagonal plus low rank) as a token mixer.
 
     Args:
+        fused: of a rule: give the form with a precomputed kernel at once, for fused weights.
         length: of the sequences, 256 unless given: the kernel costs that much. Longer sequences work and cost more;
             for :meth:`fuse` it has to be given.
         num_ssm: how many different state spaces the channels share.

@@ -30,7 +30,11 @@ class Recurrence(NamedTuple):
 
 
 def single(x: Tensor) -> Tensor:
-    """Exponentials and Fourier transforms of half-precision numbers are taken in single precision."""
+    """Exponentials and Fourier transforms of half-precision numbers are taken in single precision.
+
+    Shape:
+        - any; kept.
+    """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -171,6 +175,9 @@ class DiagonalKernel(StateSpaceKernel):
         init: of ``A``, one of :data:`INITS`; its ``B`` is multiplied into ``C``.
         discretization: ``'zoh'``, ``Ā = exp(ΔA)``, or ``'bilinear'``.
 
+    Shape:
+        - returns the kernel, ``(directions, dim, L)``.
+
     Raises:
         TypeError, ValueError: see the base class; an unknown ``init`` or ``discretization``.
     """
@@ -217,6 +224,9 @@ class DPLRKernel(StateSpaceKernel):
     Args:
         length: of the generating function: what the kernel costs, whatever part of it is used.
         num_ssm: how many different ``λ``, ``P``, ``B`` the channels share.
+
+    Shape:
+        - returns the kernel, ``(directions, dim, L)``.
 
     Raises:
         TypeError, ValueError: see the base class; ``num_ssm`` does not divide ``dim``.

@@ -279,7 +279,11 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def expert_mean(stacked: Tensor) -> Tensor:
-    """Mean over the experts, exact where they are equal; integers (counters, indices) are the first expert's."""
+    """Mean over the experts, exact where they are equal; integers (counters, indices) are the first expert's.
+
+    Shape:
+        - ``(E, ...)`` to ``(...)``.
+    """
     if not (stacked.is_floating_point() or stacked.is_complex()):
         return stacked[0]
     wide = stacked.float() if stacked.dtype in (torch.float16, torch.bfloat16) else stacked

@@ -24,6 +24,9 @@ class PatchEncoder(nn.Module):
     Shape:
         - ``(P, K, in_channels)`` to ``(P, out_channels)``, for ``P`` patches of ``K`` points; ``keep`` ``(V,)`` int64
           asks for the features of these patches alone, ``(V, out_channels)``.
+
+    Raises:
+        TypeError, ValueError: widths that are not three positive integers.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 384, widths: tuple[int, int, int] = (128, 256, 512)):
@@ -68,6 +71,8 @@ class PointPatchEmbed(nn.Module):
     mini-PointNet as they are.
 
     Args:
+        num_groups: G, patches of a cloud. group_size: K, points of a patch.
+        embed_dim: C, width of a token.
         encoder_dim: width of the patch feature; where given, ``reduce_dim`` maps it to ``embed_dim`` (Point-BERT).
         in_channels: 3 and the number of extra features.
         widths: the three hidden widths of the mini-PointNet.

@@ -24,6 +24,7 @@ class ClipTime:
     temporal_embed: nn.Parameter
 
     def add_time(self, num_frames: int, embed_dim: int) -> None:
+        """Make ``temporal_embed`` ``(1, T, C)``, zero at first."""
         self.num_frames = check_integer(f'{type(self).__name__}: num_frames', num_frames, 1)
         self.temporal_embed = nn.Parameter(torch.zeros(1, num_frames, embed_dim))
 

@@ -94,6 +94,9 @@ class TokenEncoder(TransformerStack):
     """A tokenizer and a pre-norm transformer: the encoder of Point-BERT, Point-MAE and, with ``pos='first'``, a ViT.
 
     Args:
+        embed_dim: C, width of the tokens. depth: number of blocks. num_heads: of the attention, which share C.
+        mlp_ratio: hidden width of an FFN, relative to ``embed_dim``. qkv_bias: whether ``attn.qkv`` has a bias.
+        proj_drop, attn_drop: dropout in both branches, and of the attention weights.
         tokenizer: a module, or the config of one, that maps inputs to :class:`~ewa3d.structures.Tokens`; its
             ``embed_dim`` is filled in where the config leaves it out. Several of them, by the name of the input that
             they take, ``dict(points=dict(type=…), img=dict(type=…))``, share the blocks: each input has its own

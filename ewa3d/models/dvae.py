@@ -79,6 +79,7 @@ class DiscreteVAE(ExpandableModel):
     KL(uniform ‖ mean choice of a cloud). ``DVAEScheduleHook`` sets ``temperature`` and ``kl_weight``.
 
     Args:
+        num_groups: G, patches of a cloud. group_size: K, points of a patch.
         encoder_dim, token_dim, decoder_dim: width of a patch's feature, of a code, and of what the decoder takes.
         num_tokens: codes of the vocabulary, a multiple of 4 (groups of the norm).
         encoder_widths, graph_widths, decoder_widths: of :class:`~ewa3d.layers.tokenizers.PatchEncoder`,

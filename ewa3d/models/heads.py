@@ -18,6 +18,7 @@ class ClsHead(nn.Module):
     """Classification from one vector.
 
     Args:
+        dropout: behind each hidden layer.
         num_classes: the command line tools fill it in from the data set's class names.
         in_channels: width of the vector; ``TaskModel`` fills in what its neck gives.
         form: ``'mlp'`` two hidden layers with batch norm (Point-MAE), ``'mlp_nobn'`` one without (Point-BERT),

@@ -20,6 +20,9 @@ class TokenPool(nn.Module):
 
     Shape:
         - ``(B, num_prefix_tokens + L, C)`` to ``(B, out_channels(C))``.
+
+    Raises:
+        ValueError: another mode, or one with ``'cls'`` where there is no class token.
     """
 
     def __init__(self, mode: str = 'cls+max', num_prefix_tokens: int = 1):

@@ -36,6 +36,8 @@ class SequenceEncoder(nn.Module):
     embedding: such a mixer tells the order by itself, and the plain attention does not.
 
     Args:
+        in_channels: of the image. embed_dim: C, width of a token.
+        depth: number of blocks. num_heads: of the attention that a rule replaces.
         img_size: in pixels, a number or ``(height, width)``.
         dropout: behind each mixer, of whole channels.
 

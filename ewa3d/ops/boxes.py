@@ -81,7 +81,11 @@ def box3d_giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def box3d_intersection(a: Tensor, b: Tensor) -> Tensor:
-    """The volume in which boxes overlap, all pairs (see :func:`box3d_iou`)."""
+    """The volume in which boxes overlap, all pairs (see :func:`box3d_iou`).
+
+    Shape:
+        - a ``(…, N, 7)``, b ``(…, M, 7)``; returns ``(…, N, M)``.
+    """
     return _Pairs(a, b).intersection()
 
 

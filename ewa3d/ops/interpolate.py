@@ -37,6 +37,9 @@ def interpolation_weights(query: Tensor, points: Tensor, k: int = 3) -> tuple[Te
     Shape:
         - query ``(B, N, 3)``, points ``(B, S, 3)``; returns indices ``(B, N, min(k, S))`` int64 and weights of that
           shape, which sum to 1, in the dtype of ``points`` (half precision: float32).
+
+    Raises:
+        TypeError, ValueError: as :func:`interpolate`.
     """
     if points.ndim == 3 and points.shape[1] == 0:
         raise ValueError(f'interpolate: there is no point to take features from: points is {tuple(points.shape)}')

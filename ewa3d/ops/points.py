@@ -291,6 +291,9 @@ def gather(points: Tensor, idx: Tensor) -> Tensor:
 
     Shape:
         - points ``(B, N, C)``, idx ``(B, ...)`` int64; returns ``(B, ..., C)``.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     if points.ndim != 3 or idx.ndim < 2 or points.shape[0] != idx.shape[0]:
         raise ValueError(f'gather: points (B, N, C) and idx (B, ...) expected, got {tuple(points.shape)} and '

@@ -36,6 +36,9 @@ class FourierEmbedding(nn.Module):
 
     Shape:
         - coord ``(B, L, 3)``, low and high ``(B, 3)``, which are mapped to 0 and 1; returns ``(B, L, dim)``.
+
+    Raises:
+        ValueError: an odd ``dim``.
     """
 
     def __init__(self, dim: int):
@@ -86,6 +89,9 @@ class QueryDecoder(nn.Module):
     fewer steps.
 
     Args:
+        depth: number of blocks. num_heads: of both attentions of a block.
+        mlp_ratio: hidden width of an FFN, relative to ``decoder_dim``.
+        proj_drop, attn_drop: dropout in the branches, and of the attention weights.
         embed_dim, num_prefix_tokens, skip_origin: the backbone's; ``TaskModel`` fills them in.
         num_queries: at most as many as there are tokens.
         decoder_dim: width of the blocks; the backbone's unless given.

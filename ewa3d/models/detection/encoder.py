@@ -21,6 +21,9 @@ class SetEncoder(nn.Module):
     another one in each block, and ``downsample`` thins them out behind the first block.
 
     Args:
+        embed_dim: C, width of the tokens. depth: number of blocks. num_heads: of the attention.
+        mlp_ratio: hidden width of an FFN, relative to ``embed_dim``.
+        act_layer: its activation, ``'relu'`` or ``'gelu'``.
         tokenizer: a module, or the config of one, that maps inputs to tokens with coordinates.
         mask_radius: one radius a block, in metres; ``None`` or 0 does not mask.
         mask_radius_compat: the published 3DETR-m squares the radii and compares them with plain distances: its 0.4, 0.8

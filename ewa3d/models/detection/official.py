@@ -38,7 +38,11 @@ def stored_detr(stored: Mapping, name: str) -> dict:
 
 def read_detr(read) -> dict:
     """Sizes of the weights: widths, depths, the number of classes and of heading bins, features of points, and whether
-    the encoder thins out, which makes it 3DETR-m."""
+    the encoder thins out, which makes it 3DETR-m.
+
+    Raises:
+        ValueError: naming the file: layers that are not those of the network.
+    """
     width, dim = read.size('backbone.blocks.0.norm1.weight'), read.size('neck.norm.weight')
     layers = read.numbers('neck.project.')
     if layers != [i for i in range(len(layers) // 2 * 3) if i % 3 < 2]:
@@ -60,7 +64,11 @@ def _widths(read, at: str) -> tuple[int, ...]:
 
 
 def detr_config(sizes: Mapping) -> dict:
-    """The config of the model of these sizes."""
+    """The config of the model of these sizes.
+
+    Raises:
+        ValueError: another number of radii than blocks.
+    """
     masked = bool(sizes['downsample_widths'])
     if masked and len(sizes['mask_radius']) != sizes['depth']:
         raise ValueError(f'mask_radius={sizes["mask_radius"]!r} must be one radius for each of the {sizes["depth"]} '
