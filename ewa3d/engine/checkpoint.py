@@ -231,7 +231,8 @@ def _verify(checkpoint: dict, path: Path) -> None:
         raise ValueError(f'checkpoint {path} has format_version {version!r}; a positive integer was expected')
     if version > FORMAT_VERSION:
         raise NewerFormatError(f'checkpoint {path} has format version {version}, this ewa3d reads up to '
-                               f'{FORMAT_VERSION}; it was written by a newer release')
+                               f'{FORMAT_VERSION}; it was written by a newer release, which can read it: pip install '
+                               '--upgrade ewa3d')
     for key in ('meta', 'state_dict'):
         if key not in checkpoint:
             raise ValueError(f'checkpoint {path} has no {key!r}')

@@ -69,8 +69,9 @@ def together(timeout: float = TIMEOUT, new_run: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_distributed():
-            raise _explained(error, timeout) from error
+        found = _explained(error, timeout) if is_distributed() else error
+        if found is not error:
+            raise found from error
         raise
     finally:
         if _watch is not None:

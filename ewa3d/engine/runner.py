@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import all_gather_object, is_distributed, is_main_process
+from mmengine.dist import all_gather_object, get_world_size, is_distributed, is_main_process
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner as _Runner
 from mmengine.visualization import Visualizer
@@ -186,11 +186,16 @@ class Runner(_Runner):
             for key in ('persistent_workers', 'prefetch_factor', 'timeout'):
                 dataloader.pop(key, None)
         loader = _Runner.build_dataloader(dataloader, seed=seed, diff_rank_seed=diff_rank_seed)
-        if len(loader.dataset) == 0:
-            raise ValueError(f'the data set {type(loader.dataset).__name__} is empty')
+        samples, ranks = len(loader.dataset), get_world_size()
+        what = f'the data set {type(loader.dataset).__name__}'
+        if samples == 0:
+            raise ValueError(f'{what} is empty')
+        if samples < ranks:
+            raise ValueError(f'{what} has {samples} samples, which are fewer than the {ranks} processes: some would '
+                             'have nothing to do')
         if len(loader) == 0:
-            raise ValueError(f'the data set {type(loader.dataset).__name__} has {len(loader.dataset)} samples, which '
-                             f'is less than one batch of {loader.batch_size}, and drop_last=True drops that')
+            raise ValueError(f'{what} has {samples} samples{f" for {ranks} processes" if ranks > 1 else ""}, which is '
+                             f'less than one batch of {loader.batch_size}, and drop_last=True drops that')
         loader.generator = torch.Generator().manual_seed(int(seed or 0))
         return watched(loader)
 

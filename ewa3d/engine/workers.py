@@ -2,6 +2,7 @@
 import faulthandler
 import os
 import signal
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -17,11 +18,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 __all__ = ['Loader', 'WorkerError', 'end_workers', 'explain', 'watched']
 
-TIMEOUT = 1800  # seconds that a batch may take, unless the loader says otherwise
+TIMEOUT = 1200  # seconds that a batch may take, unless the loader says otherwise; other ranks wait longer than that
 JOIN = 5  # seconds for a killed process to be gone; one that waits for a disk may take longer
 NUMBERS = 3  # integers that say which sample it is: an index, or what a sampler of this package draws
-HINTS = {signal.SIGKILL: 'the system ends processes so where memory runs out', signal.SIGBUS: 'is /dev/shm full?',
-         signal.SIGSEGV: 'where it was in the code stands above'}
+HINTS = dict(SIGKILL='the system ends processes so where memory runs out', SIGBUS='is /dev/shm full?',
+             SIGSEGV='where it was in the code stands above')
+TELL = getattr(signal, 'SIGUSR1', None)  # makes a worker write where it is
 
 
 class WorkerError(RuntimeError):
@@ -80,10 +82,12 @@ def watched(loader: DataLoader) -> DataLoader:
 def _begin(then: Callable | None, at: torch.Tensor, worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    if sys.platform == 'linux':
+        _prctl_pr_set_pdeathsig(signal.SIGKILL)
     faulthandler.disable()  # where it was on before the fork, enable() would leave torch's handlers in place
     faulthandler.enable(file=2, all_threads=False)
-    faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
+    if TELL is not None:
+        faulthandler.register(TELL, file=2, all_threads=False)
     dataset = get_worker_info().dataset
     if not hasattr(dataset, '__getitems__'):  # torch asks this one for a whole batch
         dataset.__getitems__ = partial(_fetch, dataset, at.numpy()[worker])
@@ -132,7 +136,8 @@ def explain(error: BaseException, loaders: Iterable) -> BaseException:
                 what = _ending(process.exitcode)
             elif hanging and at and process.is_alive():
                 what = f'has not finished a batch for {loader.timeout:g} s (the timeout of its loader)'
-                os.kill(process.pid, signal.SIGUSR1)
+                if TELL is not None:
+                    os.kill(process.pid, TELL)
             if what:
                 found.append(f'data worker {number} of {type(loader.dataset).__name__} (pid {process.pid}) {what}'
                              f'{", at " if at else ""}{at}')
@@ -149,9 +154,8 @@ def _ending(code: int) -> str:
     if code >= 0:
         return f'ended with exit code {code}'
     with suppress(ValueError):
-        number = signal.Signals(-code)
-        hint = f' ({HINTS[number]})' if number in HINTS else ''
-        return f'was ended by {number.name}{hint}'
+        name = signal.Signals(-code).name
+        return f'was ended by {name}' + (f' ({HINTS[name]})' if name in HINTS else '')
     return f'was ended by signal {-code}'
 
 

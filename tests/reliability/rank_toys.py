@@ -29,6 +29,8 @@ def fail(how: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == 'segfault':
         ctypes.string_at(0)
+    if how in ('SIGTERM', 'SIGINT'):  # as a terminal and torchrun send it: to the data workers, too
+        os.killpg(0, signal.Signals[how])
 
 
 @DATASETS.register_module(force=True)
@@ -50,23 +52,19 @@ class FaultyClouds(ToyClouds):
 
 @HOOKS.register_module(force=True)
 class FaultyHook(Hook):
-    """Fails at an iteration of one rank; ``say`` writes a line at it on all of them."""
+    """Fails at an iteration of one rank."""
 
-    def __init__(self, how: str = '', iteration: int = 1, rank: int = 1, say: str = ''):
-        self.how, self.iteration, self.rank, self.say = how, iteration, rank, say
+    def __init__(self, how: str = '', iteration: int = 1, rank: int = 1):
+        self.how, self.iteration, self.rank = how, iteration, rank
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        if runner.iter == self.iteration:
-            if self.say:
-                sys.stdout.write(f'{self.say} {os.getpid()}\n')
-                sys.stdout.flush()
-            if get_rank() == self.rank:
-                fail(self.how)
+        if runner.iter == self.iteration and get_rank() == self.rank:
+            fail(self.how)
 
 
 def faulty_config(folder, how: str = '', workers: int = 0, hook: dict | None = None, timeout: float = 600,
-                  loader_timeout: float = 0, **data) -> dict:
-    cfg = toy_config(folder, workers=workers)
+                  loader_timeout: float = 0, ewa: bool = False, resume: bool = False, **data) -> dict:
+    cfg = toy_config(folder, ewa, workers=workers, resume=resume)
     cfg['train_dataloader'].update(dataset=dict(type='FaultyClouds', how=how, **data))
     if workers and loader_timeout:
         cfg['train_dataloader'].update(timeout=loader_timeout)
@@ -102,10 +100,11 @@ def start_by_torchrun(folder: Path, cfg: dict) -> subprocess.Popen:
 
 
 def start_by_hand(folder: Path, cfg: dict) -> list[subprocess.Popen]:
-    """Two ranks that nobody looks after."""
+    """Two ranks that nobody looks after, each with its workers in a process group of its own."""
     env = dict(environment(), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
     return [subprocess.Popen([sys.executable, *command(folder, cfg)], env=dict(env, RANK=str(i), LOCAL_RANK=str(i)),
-                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+            for i in range(2)]
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:

@@ -57,7 +57,7 @@ def list_both(tmp_path, number: int, monkeypatch) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(found) == number and peak < LIMIT * number
-    print(f'\n{number} files: {sum(counted.calls.values())} calls to list two folders; {peak / number:.0f} bytes a file')
+    print(f'\n{number} files in two folders: {sum(counted.calls.values())} calls, {peak / number:.0f} bytes a file')
 
 
 def test_listing(tmp_path, monkeypatch):

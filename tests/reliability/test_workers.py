@@ -65,7 +65,7 @@ def test_a_loader_of_ones_own_is_left_alone(tmp_path):
     data = Runner.build_dataloader(cfg['train_dataloader']).dataset
     loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=1)
     assert Runner.build_dataloader(loader) is loader and type(loader) is torch.utils.data.DataLoader
-    assert Runner.build_dataloader(dict(cfg['train_dataloader'], num_workers=1)).timeout == 1800
+    assert Runner.build_dataloader(dict(cfg['train_dataloader'], num_workers=1)).timeout == 1200
 
 
 def test_names_of_samples():
