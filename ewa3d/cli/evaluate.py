@@ -110,8 +110,10 @@ def _changed_data(meta: dict, runner, train: dict | None) -> dict:
     says so."""
     from ewa3d.datasets.fingerprint import fingerprint
     from ewa3d.engine.provenance import changed_data
+    if not meta.get('data'):
+        return {}
     now = dict(test=fingerprint(runner.test_dataloader.dataset), **({} if train is None else dict(train=train)))
-    texts = changed_data(meta.get('data') or {}, now)
+    texts = changed_data(meta['data'], now)
     for text in texts:
         runner.logger.warning(text)
     return dict(changed_data=texts) if texts else {}

@@ -57,10 +57,12 @@ class ProvenanceHook(Hook):
 def _fingerprints(runner) -> dict:
     """By split. Data that only a test will need are read now, too; where they are not there, that is no error yet."""
     found = dict(train=fingerprint(runner.train_dataloader.dataset))
-    configs = {split: (runner.cfg.get(f'{split}_dataloader') or {}).get('dataset') for split in ('val', 'test')}
+    loaders = {split: runner.cfg.get(f'{split}_dataloader') for split in ('val', 'test')}
+    configs = {split: loader.get('dataset') if isinstance(loader, Mapping) else None
+               for split, loader in loaders.items()}
     if runner.val_loop is not None:
         found['val'] = fingerprint(runner.val_loop.dataloader.dataset)
-    if 'val' in found and configs['test'] == configs['val']:
+    if 'val' in found and configs['test'] is not None and configs['test'] == configs['val']:
         found['test'] = found['val']
     elif isinstance(configs['test'], Mapping):
         try:
