@@ -108,6 +108,16 @@ def test_like_is_compared_with_like():
     assert text.startswith('the test data are not those that the training recorded: samples: 6 then, 5 now')
 
 
+@pytest.mark.parametrize('odd', [3, [], {}, 'x' * 5000, dict(a=3), [[1], ['x']], [[40, 3], [None] * 6]])
+def test_what_a_file_recorded_may_be_anything(tmp_path, odd):
+    now = fingerprint(folder(write_clouds(tmp_path / 'a')))
+    name = next(iter(now['content']))
+    for then in (dict(content=odd), dict(parts=odd), dict(names=odd), dict(content={name: odd}),
+                 dict(content={name: dict(points=odd)})):
+        text, = changed_data(dict(train={**now, **then}, test=odd, val=None), dict(train=now)) or ['']
+        assert len(text) < 2500
+
+
 def test_nothing_is_prepared_for_it(tmp_path):
     root = write_clouds(tmp_path / 'a')
     cfg = dict(dataset=dict(type='FolderPointCloud', data_root=str(root), cache_dir=str(tmp_path / 'cache')))

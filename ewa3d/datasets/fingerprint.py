@@ -6,13 +6,14 @@ digits).
 """
 import hashlib
 import os
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ewa3d.checks import some
+from ewa3d.checks import is_number, some
 from ewa3d.datasets.base import DATA_ERRORS, PointDataset
 
 __all__ = ['differences', 'fingerprint', 'same_split']
@@ -111,33 +112,41 @@ def same_split(one: Mapping, other: Mapping) -> bool:
 
 
 def differences(then: Mapping, now: Mapping) -> list[str]:
-    """What differs between two fingerprints, in words; nothing where they are of the same data."""
+    """What differs between two fingerprints, in words; nothing where they are of the same data. What was read from a
+    file may be anything."""
     found = [f'{key}: {then.get(key)} then, {now.get(key)} now' for key in ('type', 'split', 'samples')
              if then.get(key) != now.get(key)]
     words = dict(classes='the classes', names='the names of the samples',
                  labels='the labels' if then.get('names') == now.get('names') else '')
     found += [f'{what} (hash {then[key]} then, {now[key]} now)' for key, what in words.items()
               if what and key in then and key in now and then[key] != now[key]]
-    one, other = then.get('content') or {}, now.get('content') or {}
-    changed = [(name, key) for name in one if name in other for key in sorted({*one[name], *other[name]})
+    one, other = _contents(then), _contents(now)
+    changed = [(name, key) for name in one if name in other for key in sorted({*one[name], *other[name]}, key=str)
                if not _alike(one[name].get(key), other[name].get(key))]
     if changed:
         name, key = changed[0]
         among = some(dict.fromkeys(name for name, _ in changed), 3)
         found.append(f'what samples hold ({among}), {key} of {name}: {one[name].get(key)} then, '
                      f'{other[name].get(key)} now')
-    if not then.get('content') and len(then.get('parts') or ()) == len(now.get('parts') or ()):
-        found += [f'part {i}: {text}' for i, parts in enumerate(zip(then.get('parts') or (), now.get('parts') or ()))
-                  for text in differences(*parts)]
-    return found
+    parts = [side['parts'] if isinstance(side.get('parts'), list) else [] for side in (then, now)]
+    found += [f'part {i}: {text}' for i, pair in enumerate(zip(*parts)) if all(isinstance(p, Mapping) for p in pair)
+              for text in differences(*pair)]
+    return [textwrap.shorten(text, 600, placeholder=' …') for text in found]
+
+
+def _contents(found: Mapping) -> dict[str, Mapping]:
+    content = found.get('content')
+    return {k: v for k, v in content.items() if isinstance(v, Mapping)} if isinstance(content, Mapping) else {}
 
 
 def _alike(one, other) -> bool:
     """Equal, but for last digits."""
-    if not (isinstance(one, list) and isinstance(other, list) and len(one) == len(other) == 2 and one[0] == other[0]
-            and len(one[1]) == len(other[1])):
-        return one == other
-    numbers = [[v for v in values if not isinstance(v, str)] for values in (one[1], other[1])]
-    size = max(map(abs, numbers[0] + numbers[1]), default=0)
-    return all(a == b or (not isinstance(a, str) and not isinstance(b, str) and abs(a - b) <= TOLERANCE * size)
-               for a, b in zip(one[1], other[1]))
+    if one == other:
+        return True
+    if not all(isinstance(v, list) and len(v) == 2 and isinstance(v[1], list) for v in (one, other)) \
+            or one[0] != other[0] or len(one[1]) != len(other[1]):
+        return False
+    if not all(map(is_number, one[1] + other[1])):
+        return False
+    size = max(map(abs, one[1] + other[1]))
+    return all(abs(a - b) <= TOLERANCE * size for a, b in zip(one[1], other[1]))

@@ -248,9 +248,9 @@ def _verify(checkpoint: dict, path: Path) -> None:
 _TYPES = {'meta': (Mapping, 'a dict'), 'meta.dataset_meta': (Mapping, 'a dict'), 'state_dict': (Mapping, 'a dict'),
           'meta.dataset_meta.classes': (list, 'a list'), 'meta.epoch': (int, 'an integer'),
           'meta.iter': (int, 'an integer'), 'meta.seed': (int, 'an integer'), 'meta.epoch_length': (int, 'an integer')}
-_TYPES_OF_OURS = {'ema_state_dict': (Mapping, 'a dict'), 'optimizer': (Mapping, 'a dict'), 'rng': (list, 'a list'),
-                  'message_hub': (Mapping, 'a dict'), 'gradients': (list, 'a list'),
-                  'epoch_scalars': (Mapping, 'a dict')}
+_TYPES_OF_OURS = {'meta.data': (Mapping, 'a dict'), 'ema_state_dict': (Mapping, 'a dict'),
+                  'optimizer': (Mapping, 'a dict'), 'rng': (list, 'a list'), 'message_hub': (Mapping, 'a dict'),
+                  'gradients': (list, 'a list'), 'epoch_scalars': (Mapping, 'a dict')}
 
 
 def _check_entries(checkpoint: dict, path: Path) -> None:

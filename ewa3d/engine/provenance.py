@@ -98,7 +98,7 @@ def changed_data(then: Mapping, now: Mapping) -> list[str]:
         now: the same for what is used now. A split is compared with what was recorded for it; where that is of
             another split of the data (the validation data are tested, say), with the record of the same one.
     """
-    texts = []
+    then, texts = {role: found for role, found in then.items() if isinstance(found, Mapping)}, []
     for role, found in now.items():
         recorded = [then[role]] if role in then else []
         recorded += [other for other in then.values() if other not in recorded]
