@@ -63,6 +63,8 @@ class _Iterator(_MultiProcessingDataLoaderIter):
             found = super()._try_get_data(min(left, MP_STATUS_CHECK_INTERVAL))
             if found[0] or left <= MP_STATUS_CHECK_INTERVAL:
                 return found
+            if self._pin_memory and not self._pin_memory_thread.is_alive():
+                raise RuntimeError('the thread that pins batches ended unexpectedly')
 
 
 def watched(loader: DataLoader) -> DataLoader:
