@@ -183,7 +183,7 @@ class _Watch:
             else:
                 left -= POLL
         if not self.stop.is_set():
-            sys.stderr.write(f'rank {self.rank} is ended, which did not notice that {reason}. It is here:\n')
+            sys.stderr.write(f'rank {self.rank} is ended, because {reason}. It is here:\n')
             sys.stderr.flush()
             faulthandler.dump_traceback(file=2)
             hard_exit(EXIT_CODE)
