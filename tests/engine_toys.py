@@ -78,9 +78,9 @@ def toy_config(work_dir, ewa: bool = False, ema: bool = False, epochs: int = 2, 
     return cfg
 
 
-def write_config(path: Path, cfg: dict) -> Path:
-    """``cfg`` as a config file that finds this module."""
-    cfg = dict(cfg, custom_imports=dict(imports=['engine_toys']))
+def write_config(path: Path, cfg: dict, modules=('engine_toys',)) -> Path:
+    """``cfg`` as a config file that finds this module, or others."""
+    cfg = dict(cfg, custom_imports=dict(imports=list(modules)))
     path.write_text('\n'.join(f'{key} = {value!r}' for key, value in cfg.items()) + '\n')
     return path
 

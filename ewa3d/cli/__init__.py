@@ -4,11 +4,10 @@ A command is a function ``main(argv) -> exit code``. A new one is a line in :dat
 when it is asked for.
 """
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from ewa3d.cli.errors import USER_ERRORS, one_line
+from ewa3d.cli.errors import USER_ERRORS, end_rank, one_line, tell
 from ewa3d.cli.options import Parser, load_config
 from ewa3d.registry import nearest
 
@@ -35,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
     0: done. 1: ``fuse`` or ``convert`` refuses to write, ``data check`` found something wrong, ``data prepare`` leaves
-    something to be done by hand. 2: bad input, told in
-    one line. 3: anything else, with its traceback. 130: interrupted.
+    something to be done by hand. 2: bad input, told in one line. 3: anything else, with its traceback. 4: of several
+    processes, another one failed first. 130: interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -49,14 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if '--debug' in argv:
             raise
-        sys.stderr.write(f'error: {one_line(error)}\n')
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 3
+        return end_rank(tell(error))
+    except Exception as error:
+        return end_rank(tell(error))
     except KeyboardInterrupt:
         sys.stderr.write('interrupted; train --resume (or fewshot again) continues from the last checkpoint\n')
-        return 130
+        return end_rank(130)
 
 
 def _overview(argv: Sequence[str]) -> int:

@@ -7,7 +7,6 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ewa3d.cli.options import Parser, prepare, running
-from ewa3d.cli.train import leave_group
 
 __all__ = ['evaluate', 'main']
 
@@ -37,6 +36,8 @@ def evaluate(args) -> int:
 
     from ewa3d.engine.checkpoint import load_any, read_checkpoint, select_weights
     from ewa3d.engine.hooks import unwrapped
+    from ewa3d.engine.provenance import train_fingerprint
+    from ewa3d.engine.ranks import leave_group
     from ewa3d.engine.runner import Runner
     from ewa3d.engine.validate import check_config
     from ewa3d.evaluation import is_of_one_class
@@ -51,28 +52,28 @@ def evaluate(args) -> int:
         keep['vote'] = dict(type='VotingHook', times=args.vote, pipeline=_vote_pipeline(cfg))
     if args.pictures is not None:
         keep['pictures'] = _pictures(cfg, args.pictures)
+    trained_on = train_fingerprint(cfg.get('train_dataloader')) if (meta.get('data') or {}).get('train') else None
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
         cfg[key] = None
     cfg.resume = False
     cfg.model = without_pretrained(cfg.model)  # the checkpoint has it all, and the file may be elsewhere by now
     cfg.default_hooks, cfg.custom_hooks = keep, None
-    try:
-        runner = Runner.from_cfg(cfg)
-        _check_classes(meta, runner, args.checkpoint)
-        load_any(unwrapped(runner.model), checkpoint, weights, args.checkpoint)
-        runner.logger.info(f'{args.checkpoint}: {kind} weights')
-        metrics = runner.test()
-        data = runner.test_dataloader.dataset
-        result = {**{k: float(v) for k, v in metrics.items()}, 'config': args.config, 'checkpoint': args.checkpoint,
-                  'weights': kind, 'epoch': meta.get('epoch'), **_describe_data(cfg, data),
-                  'seed': meta.get('seed', runner.seed)}
-        if is_main_process():
-            out = atomic_write(Path(cfg.work_dir) / 'metrics.json', json.dumps(result, indent=2) + '\n')
-            shown = (f'{k} {v:.2f}' for k, v in metrics.items() if not is_of_one_class(k))
-            sys.stdout.write('  '.join(shown) + f'  → {out}\n')
-    finally:
-        leave_group()
+    runner = Runner.from_cfg(cfg)
+    _check_classes(meta, runner, args.checkpoint)
+    load_any(unwrapped(runner.model), checkpoint, weights, args.checkpoint)
+    runner.logger.info(f'{args.checkpoint}: {kind} weights')
+    metrics = runner.test()
+    data = runner.test_dataloader.dataset
+    result = {**{k: float(v) for k, v in metrics.items()}, 'config': args.config, 'checkpoint': args.checkpoint,
+              'weights': kind, 'epoch': meta.get('epoch'), **_describe_data(cfg, data),
+              'seed': meta.get('seed', runner.seed)}
+    result.update(_changed_data(meta, runner, trained_on))
+    if is_main_process():
+        out = atomic_write(Path(cfg.work_dir) / 'metrics.json', json.dumps(result, indent=2) + '\n')
+        shown = (f'{k} {v:.2f}' for k, v in metrics.items() if not is_of_one_class(k))
+        sys.stdout.write('  '.join(shown) + f'  → {out}\n')
+    leave_group()
     return 0
 
 
@@ -102,6 +103,20 @@ def _check_classes(meta: dict, runner, checkpoint: str) -> None:
     if trained and here and sorted(trained) == sorted(here) and list(trained) != here:
         raise ValueError(f'{checkpoint} was trained with the classes in another order: {trained[:5]} … there, '
                          f'{here[:5]} … in the data set')
+
+
+def _changed_data(meta: dict, runner, train: dict | None) -> dict:
+    """``changed_data``, what differs between the data now and those that the training recorded, where something does;
+    says so."""
+    from ewa3d.datasets.fingerprint import fingerprint
+    from ewa3d.engine.provenance import changed_data
+    if not meta.get('data'):
+        return {}
+    now = dict(test=fingerprint(runner.test_dataloader.dataset), **({} if train is None else dict(train=train)))
+    texts = changed_data(meta['data'], now)
+    for text in texts:
+        runner.logger.warning(text)
+    return dict(changed_data=texts) if texts else {}
 
 
 def _describe_data(cfg: Config, dataset) -> dict:

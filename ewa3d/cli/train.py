@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from ewa3d.cli.options import Parser, default_work_dir, prepare, running
 
-__all__ = ['leave_group', 'main', 'train']
+__all__ = ['main', 'train']
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +39,7 @@ def train(args) -> int:
     cfg.randomness = dict(cfg.get('randomness') or {}, seed=0 if seed is None else seed)
 
     from ewa3d.engine.derive import fill_num_classes
+    from ewa3d.engine.ranks import leave_group
     from ewa3d.engine.runner import Runner
     if args.print_config:
         with contextlib.suppress(FileNotFoundError):  # a config can be read where its data are not
@@ -49,11 +50,13 @@ def train(args) -> int:
         return 0
     try:
         Runner.from_cfg(cfg).train()
-    except Exception:
-        _log_failure(cfg.work_dir)
+    except Exception as error:
+        _log_failure(cfg.work_dir, error)
         raise
-    finally:
+    except SystemExit:  # after a signal, which all ranks left together
         leave_group()
+        raise
+    leave_group()
     return 0
 
 
@@ -79,16 +82,9 @@ def _resolve_resume(cfg: Config, resume: str | None) -> Path | None:
     return Path(cfg.resume)
 
 
-def _log_failure(work_dir: str) -> None:
-    """A run that fails at night leaves its traceback in the log."""
+def _log_failure(work_dir: str, error: Exception) -> None:
+    """A run that fails at night leaves its traceback in the log; of several processes, that of the first to fail."""
     log = Path(work_dir) / 'train.log'
     if log.is_file() and os.environ.get('RANK', '0') == '0':
         with open(log, 'a', encoding='utf-8') as file:
-            file.write(traceback.format_exc())
-
-
-def leave_group() -> None:
-    """Leave the processes that ran together, where there were any."""
-    import torch.distributed as dist
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+            file.write(getattr(error, 'first_traceback', '') or traceback.format_exc())

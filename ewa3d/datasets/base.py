@@ -204,6 +204,11 @@ class PointDataset(Dataset):
                 raise ValueError(f'{self._name(index)}: {type(step).__name__} returned None instead of the sample')
         return results
 
+    def name_of(self, i: int | tuple[int, int]) -> str:
+        """What sample ``i`` is called, without reading it."""
+        self.full_init()
+        return self._name(self._chosen[operator.index(i[0] if isinstance(i, tuple) else i)])
+
     def raw(self, i: int) -> dict:
         """Sample ``i`` as the pipeline is given it."""
         self.full_init()

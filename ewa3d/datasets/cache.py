@@ -23,7 +23,8 @@ from mmengine.logging import print_log
 from ewa3d.ops import fps
 from ewa3d.progress import Progress
 
-__all__ = ['Clouds', 'ReadNoFurther', 'cached_clouds', 'fps_order', 'prepared_rows', 'without_cache']
+__all__ = ['Clouds', 'NotPrepared', 'ReadNoFurther', 'cached_clouds', 'fps_order', 'only_prepared', 'prepared_rows',
+           'without_cache']
 
 VERSION = 2
 BATCH = 32  # clouds that are read before they are ordered
@@ -31,6 +32,22 @@ FPS_POINTS = 40_960  # points that are ordered together: what stays in the proce
 THIN = 65_536  # a larger cloud is thinned to so many points at random before it is ordered
 WRITING = '.writing-'
 _once = ContextVar('_once', default=False)
+
+_only_prepared: ContextVar[bool] = ContextVar('only_prepared', default=False)
+
+
+class NotPrepared(OSError):
+    """There is no cache, and none is to be written."""
+
+
+@contextmanager
+def only_prepared() -> Iterator[None]:
+    """In here, clouds of which there is no cache are an error, :class:`NotPrepared`, instead of work."""
+    token = _only_prepared.set(True)
+    try:
+        yield
+    finally:
+        _only_prepared.reset(token)
 
 
 class Clouds:
@@ -115,6 +132,8 @@ def cached_clouds(cache_dir: Path | None, name: str, settings: dict, files: Iter
     if _once.get():
         return CloudsOnce(read(), name)
     prepared = prepare(read, total, max_points, fps_ordered, name)
+    if cache_dir is None and _only_prepared.get():
+        raise NotPrepared(f'{name} has no cache')
     if cache_dir is None:
         clouds = list(prepared)
         return Clouds(np.concatenate(clouds), np.cumsum([0, *map(len, clouds)]))
@@ -124,6 +143,8 @@ def cached_clouds(cache_dir: Path | None, name: str, settings: dict, files: Iter
     found = load_if_whole(folder)
     if found is not None:
         return found
+    if _only_prepared.get():
+        raise NotPrepared(f'there is no cache {folder}')
     make_writable(cache_dir)
     with lock(cache_dir / f'{stem}.lock') as alone:
         found = load_if_whole(folder)  # somebody else may have written it meanwhile
@@ -214,7 +235,8 @@ def fingerprint(files: Iterable[Path], root: Path) -> list:
     found = []
     for file in files:
         stat = file.stat()
-        found.append((os.path.relpath(file, root), stat.st_size, stat.st_mtime_ns))
+        name = file.relative_to(root) if file.is_relative_to(root) else os.path.relpath(file, root)
+        found.append((str(name), stat.st_size, stat.st_mtime_ns))
     return found
 
 

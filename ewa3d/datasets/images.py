@@ -8,7 +8,7 @@ import numpy as np
 
 from ewa3d.checks import some
 from ewa3d.datasets.base import DATA_ERRORS, PointDataset, require_folder
-from ewa3d.datasets.folder import Tree, subfolders, wanted_classes
+from ewa3d.datasets.folder import Tree, listed, subfolders, wanted_classes
 from ewa3d.datasets.pickles import read_numpy_pickle
 from ewa3d.registry import DATASETS, nearest
 
@@ -264,7 +264,7 @@ class ImageFolder(ImageDataset):
 
 def images_in(folder: Path) -> list[Path]:
     """The images in a class folder, sorted; ``ValueError`` where there is none."""
-    present = sorted(f for f in folder.iterdir() if not f.name.startswith('.'))
+    present = [Path(entry.path) for entry in listed(folder)]
     files = [f for f in present if f.suffix.lower() in EXTENSIONS]
     if not files:
         seen = dict(Counter(f.suffix for f in present))

@@ -73,6 +73,11 @@ class MixedDataset(Dataset):
         item['data_samples'].set_metainfo(dict(source=self.names[draw[0]]))
         return item
 
+    def name_of(self, i: int | Draw) -> str:
+        """What sample ``i`` is called, with its source, without reading it."""
+        draw = i if isinstance(i, tuple) else self._located(i)
+        return f'{self.names[draw[0]]}: {self.datasets[draw[0]].name_of(draw[1])}'
+
     def _located(self, i: int) -> Draw:
         if not 0 <= i < len(self):
             raise IndexError(f'sample {i} of {len(self)}')

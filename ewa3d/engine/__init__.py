@@ -13,6 +13,7 @@ from ewa3d.engine import (
     parts_hooks,
     pictures,
     pretrain_hooks,
+    provenance,
     runner,
     saving,
     schedules,
@@ -20,4 +21,5 @@ from ewa3d.engine import (
 )
 
 __all__ = ['averaging', 'boxes_hooks', 'checkpoint', 'display_hooks', 'dvae_hooks', 'finite', 'hooks', 'interrupt',
-           'optim', 'params', 'parts_hooks', 'pictures', 'pretrain_hooks', 'runner', 'saving', 'schedules', 'validate']
+           'optim', 'params', 'parts_hooks', 'pictures', 'pretrain_hooks', 'provenance', 'runner', 'saving',
+           'schedules', 'validate']

@@ -231,7 +231,8 @@ def _verify(checkpoint: dict, path: Path) -> None:
         raise ValueError(f'checkpoint {path} has format_version {version!r}; a positive integer was expected')
     if version > FORMAT_VERSION:
         raise NewerFormatError(f'checkpoint {path} has format version {version}, this ewa3d reads up to '
-                               f'{FORMAT_VERSION}; it was written by a newer release')
+                               f'{FORMAT_VERSION}; it was written by a newer release, which can read it: pip install '
+                               '--upgrade ewa3d')
     for key in ('meta', 'state_dict'):
         if key not in checkpoint:
             raise ValueError(f'checkpoint {path} has no {key!r}')
@@ -247,9 +248,9 @@ def _verify(checkpoint: dict, path: Path) -> None:
 _TYPES = {'meta': (Mapping, 'a dict'), 'meta.dataset_meta': (Mapping, 'a dict'), 'state_dict': (Mapping, 'a dict'),
           'meta.dataset_meta.classes': (list, 'a list'), 'meta.epoch': (int, 'an integer'),
           'meta.iter': (int, 'an integer'), 'meta.seed': (int, 'an integer'), 'meta.epoch_length': (int, 'an integer')}
-_TYPES_OF_OURS = {'ema_state_dict': (Mapping, 'a dict'), 'optimizer': (Mapping, 'a dict'), 'rng': (list, 'a list'),
-                  'message_hub': (Mapping, 'a dict'), 'gradients': (list, 'a list'),
-                  'epoch_scalars': (Mapping, 'a dict')}
+_TYPES_OF_OURS = {'meta.data': (Mapping, 'a dict'), 'ema_state_dict': (Mapping, 'a dict'),
+                  'optimizer': (Mapping, 'a dict'), 'rng': (list, 'a list'), 'message_hub': (Mapping, 'a dict'),
+                  'gradients': (list, 'a list'), 'epoch_scalars': (Mapping, 'a dict')}
 
 
 def _check_entries(checkpoint: dict, path: Path) -> None:

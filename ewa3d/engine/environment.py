@@ -5,6 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -35,14 +36,15 @@ def check_device(cfg: Mapping) -> None:
                          "'AutocastOptimWrapper' (bfloat16 on any device), or 'OptimWrapper' with --amp")
 
 
-def init_gloo(launcher: str) -> None:
-    """A gloo process group from the variables that torchrun or slurm set (see :func:`check_launcher`)."""
+def init_gloo(launcher: str, timeout: float) -> None:
+    """A gloo process group from the variables that torchrun or slurm set (see :func:`check_launcher`), whose ranks wait
+    ``timeout`` seconds for one another."""
     if launcher == 'slurm':
         for ours, theirs in _FROM_SLURM.items():
             os.environ.setdefault(ours, os.environ[theirs])
         os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
         os.environ.setdefault('MASTER_PORT', '29500')
-    torch.distributed.init_process_group('gloo')
+    torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=timeout))
 
 
 def versions() -> dict[str, str]:

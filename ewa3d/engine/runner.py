@@ -8,12 +8,13 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import all_gather_object, is_distributed, is_main_process
+from mmengine.dist import all_gather_object, get_world_size, is_distributed, is_main_process
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner as _Runner
 from mmengine.visualization import Visualizer
@@ -31,8 +32,10 @@ from ewa3d.engine.interrupt import catch_signals
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.plain import to_plain
+from ewa3d.engine.ranks import process_group_timeout, together, watch
 from ewa3d.engine.reporting import close_displays, log_end, log_result, log_start
 from ewa3d.engine.validate import check_config
+from ewa3d.engine.workers import TIMEOUT, end_workers, explain, watched
 from ewa3d.files import atomic_write
 from ewa3d.models.build import without_pretrained
 from ewa3d.registry import PARAM_SCHEDULERS, RUNNERS
@@ -74,7 +77,8 @@ class Runner(_Runner):
             check_device(cfg)
             check_save_best(cfg)
         to_plain(cfg.to_dict(), 'config')  # what cannot be stored is found now, not at the first checkpoint
-        return super().from_cfg(cfg)
+        with together(process_group_timeout(cfg.get('env_cfg') or {}), new_run=True):
+            return super().from_cfg(cfg)
 
     def __init__(self, model, work_dir: str, train_cfg=None, experiment_name=None, default_scope='ewa3d',
                  randomness=None, cfg=None, **kwargs):
@@ -96,11 +100,14 @@ class Runner(_Runner):
 
     def setup_env(self, env_cfg: dict) -> None:
         """As mmengine's, and gloo where there is no GPU (its own set-up calls CUDA in every case)."""
+        self._timeout = process_group_timeout(env_cfg or {})
         if self.distributed and not is_distributed():
             check_launcher(self._launcher)
             if not torch.cuda.is_available():
-                init_gloo(self._launcher)
-        super().setup_env(dict(env_cfg or {}))
+                init_gloo(self._launcher, self._timeout)
+        env_cfg = dict(env_cfg or {})
+        super().setup_env({**env_cfg, 'dist_cfg': {**(env_cfg.get('dist_cfg') or {}), 'timeout': self._timeout}})
+        watch(self._timeout)
         keep_freed_memory()
 
     def build_logger(self, log_level='INFO', log_file=None, **kwargs):
@@ -141,6 +148,7 @@ class Runner(_Runner):
                         metrics=dict(type='MetricsHook'), logger=dict(type='LoggerHook'),
                         progress=dict(type='ProgressHook'), report=dict(type='ReportHook'),
                         finite=dict(type='FiniteHook'), interrupt=dict(type='InterruptHook'),
+                        provenance=dict(type='ProvenanceHook'),
                         checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3))
         if self.distributed:
             defaults['sync_buffers'] = dict(type='SyncBuffersHook')
@@ -173,17 +181,24 @@ class Runner(_Runner):
         if isinstance(dataloader, DataLoader):
             return dataloader
         dataloader = {'collate_fn': packed_collate, **copy.deepcopy(dataloader)}
-        if not dataloader.get('num_workers', 0):
-            for key in ('persistent_workers', 'prefetch_factor'):
+        if dataloader.get('num_workers', 0):
+            dataloader.setdefault('timeout', TIMEOUT)
+        else:
+            for key in ('persistent_workers', 'prefetch_factor', 'timeout'):
                 dataloader.pop(key, None)
         loader = _Runner.build_dataloader(dataloader, seed=seed, diff_rank_seed=diff_rank_seed)
-        if len(loader.dataset) == 0:
-            raise ValueError(f'the data set {type(loader.dataset).__name__} is empty')
+        samples, ranks = len(loader.dataset), get_world_size()
+        what = f'the data set {type(loader.dataset).__name__}'
+        if samples == 0:
+            raise ValueError(f'{what} is empty')
+        if samples < ranks:
+            raise ValueError(f'{what} has {samples} samples, which are fewer than the {ranks} processes: some would '
+                             'have nothing to do')
         if len(loader) == 0:
-            raise ValueError(f'the data set {type(loader.dataset).__name__} has {len(loader.dataset)} samples, which '
-                             f'is less than one batch of {loader.batch_size}, and drop_last=True drops that')
+            raise ValueError(f'{what} has {samples} samples{f" for {ranks} processes" if ranks > 1 else ""}, which is '
+                             f'less than one batch of {loader.batch_size}, and drop_last=True drops that')
         loader.generator = torch.Generator().manual_seed(int(seed or 0))
-        return loader
+        return watched(loader)
 
     def build_train_loop(self, loop):
         if isinstance(loop, Mapping) and 'type' not in loop and loop.get('by_epoch', True):
@@ -227,35 +242,45 @@ class Runner(_Runner):
     def train(self) -> nn.Module:
         log_start(self)
         start = time.perf_counter()
-        try:
+        with self._guarded():
             with catch_signals() as self.interruption:
                 model = super().train()
             if self._val_loop is None and self._test_loop is not None:
                 self._test_loop = self.build_test_loop(self._test_loop)
                 self.last_metrics = self.test_loop.run()
-        finally:
-            self.interruption = None
-            close_displays(self)
-            self._release_workers()
         log_result(self)
         log_end(self, 'training', time.perf_counter() - start)
         return model
 
     def test(self) -> dict:
         start = time.perf_counter()
-        try:
+        with self._guarded():
             metrics = super().test()
-        finally:
-            close_displays(self)
-            self._release_workers()
         log_end(self, 'test', time.perf_counter() - start)
         return metrics
 
-    def _release_workers(self) -> None:
-        """End persistent data workers now; left to the garbage collector, they can stall what follows for 30 s."""
-        for loop in (self._train_loop, self._val_loop, self._test_loop):
-            if isinstance(getattr(loop, 'dataloader', None), DataLoader):
-                loop.dataloader._iterator = None
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Whatever ends what is done in here, no data worker and no other rank is left behind, and the first cause is
+        told."""
+        with together(self._timeout):
+            try:
+                yield
+            except BaseException as error:
+                found = explain(error, self._loaders())
+                end_workers(self._loaders())
+                if found is not error:
+                    raise found from error
+                raise
+            finally:
+                self.interruption = None
+                close_displays(self)
+                for loader in self._loaders():  # left to the garbage collector, workers can stall what follows
+                    loader._iterator = None
+
+    def _loaders(self) -> list[DataLoader]:
+        loops = (self._train_loop, self._val_loop, self._test_loop)
+        return [loop.dataloader for loop in loops if isinstance(getattr(loop, 'dataloader', None), DataLoader)]
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
     def load_or_resume(self) -> None:
