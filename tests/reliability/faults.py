@@ -17,7 +17,7 @@ class FaultyOS:
     """Stands for the module ``os`` in a module that writes files.
 
     Args:
-        at: called before every operation with its name and a function that does a part of it.
+        at: called before every operation with its name and, where it is a write, a function that does a share of it.
     """
 
     def __init__(self, at: Callable[[str, Callable], None]):
@@ -29,13 +29,13 @@ class FaultyOS:
             return value
 
         def operation(*args, **kwargs):
-            self._at(name, lambda: None)
+            self._at(name)
             return value(*args, **kwargs)
 
         return operation
 
     def write(self, handle: int, data) -> int:
-        self._at('write', lambda: os.write(handle, bytes(data)[:len(data) // 2]))
+        self._at('write', lambda share=0.5: os.write(handle, bytes(data)[:int(share * len(data))]))
         return os.write(handle, data)
 
     def fdopen(self, *args):
@@ -43,7 +43,7 @@ class FaultyOS:
 
 
 class FaultyFile:
-    """An open file, half of whose last write gets through."""
+    """An open file, of whose last write a part gets through."""
 
     def __init__(self, file, at):
         self._file, self._at = file, at
@@ -58,8 +58,8 @@ class FaultyFile:
         self._file.close()
 
     def write(self, data) -> int:
-        def part():
-            self._file.write(bytes(data)[:len(data) // 2])
+        def part(share=0.5):
+            self._file.write(bytes(data)[:int(share * memoryview(data).nbytes)])
             self._file.flush()
 
         self._at('write', part)
