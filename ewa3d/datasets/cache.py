@@ -141,14 +141,23 @@ def write(clouds: Iterator[np.ndarray], folder: Path, settings: dict) -> None:
         np.save(temporary / 'offsets.npy', np.array(offsets, dtype=np.int64))
         (temporary / 'meta.json').write_text(json.dumps({'columns': columns, **settings}, indent=1))
         temporary.chmod(0o755)
-        if folder.exists():  # a damaged one
-            shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        put(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = offsets[-1] * columns * 4 / 1e6
     print_log(f'wrote the cache {folder}: {len(offsets) - 1} clouds, {size:.0f} MB, '
               f'{time.perf_counter() - start:.0f} s', 'current')
+
+
+def put(temporary: Path, folder: Path) -> None:
+    """Give a cache its name; one that is whole and was there first stays, for the sake of those who read it."""
+    if folder.exists() and load_if_whole(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        temporary.rename(folder)
+    except OSError:  # without locks, another process may have been quicker
+        if load_if_whole(folder) is None:
+            raise
 
 
 @contextmanager
@@ -163,7 +172,11 @@ def lock(path: Path) -> Iterator[bool]:
     with path.open('w') as file:
         alone = False
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print_log(f'another process writes this cache; waiting for it to let go of {path}', 'current')
+                fcntl.flock(file, fcntl.LOCK_EX)  # of a process that died there is no lock left
             alone = True
         yield alone
 
