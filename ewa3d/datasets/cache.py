@@ -29,6 +29,7 @@ BATCH = 32  # clouds that are read before they are ordered
 FPS_POINTS = 40_960  # points that are ordered together: what stays in the processor's cache, measured
 THIN = 65_536  # a larger cloud is thinned to so many points at random before it is ordered
 WRITING = '.writing-'
+ELSEWHERE = 'choose another one with cache_dir, or cache_dir=None to keep the clouds in memory'
 
 
 class Clouds:
@@ -111,8 +112,7 @@ def make_writable(cache_dir: Path) -> None:
         cache_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache_dir).close()
     except OSError as error:
-        raise OSError(f'the cache folder {str(cache_dir)!r} cannot be written ({error}): choose another one with '
-                      f'cache_dir, or cache_dir=None to keep the clouds in memory') from error
+        raise OSError(f'the cache folder {str(cache_dir)!r} cannot be written ({error}): {ELSEWHERE}') from error
 
 
 def load_if_whole(folder: Path) -> Clouds | None:
@@ -142,6 +142,11 @@ def write(clouds: Iterator[np.ndarray], folder: Path, settings: dict) -> None:
         (temporary / 'meta.json').write_text(json.dumps({'columns': columns, **settings}, indent=1))
         temporary.chmod(0o755)
         put(temporary, folder)
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(temporary)):
+            raise  # of a source
+        reason = error.strerror or error
+        raise OSError(f'the cache {str(folder)!r} could not be written ({reason}): {ELSEWHERE}') from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = offsets[-1] * columns * 4 / 1e6

@@ -220,11 +220,19 @@ class MetricsHook(Hook):
     losses over the epoch, the last learning rate, share rate and spread of the experts (``"spread/LAYER"``), and
     seconds; ``"val"`` and ``"test"`` lines have the metrics. A resumed run first drops the lines that it is about to
     write again.
+
+    Args:
+        on_error: what a line that cannot be written (no space, no permission) is: ``'raise'`` ends the run,
+            ``'continue'`` logs it and writes it with the next one that can be.
     """
     priority = 'BELOW_NORMAL'
     LAST = ('lr', 'base_lr', 'share_rate', 'temperature', 'kl_weight', 'skipped_steps')
 
-    def __init__(self):
+    def __init__(self, on_error: str = 'raise'):
+        if on_error not in ('raise', 'continue'):
+            raise ValueError(f"MetricsHook: on_error must be 'raise' or 'continue', got {on_error!r}")
+        self.on_error = on_error
+        self._waiting: list[str] = []
         self._started = self._eval_started = 0.0
         self._lengths: dict[str, int] = {}
         self._resumed: dict[str, list] = {}
@@ -242,6 +250,7 @@ class MetricsHook(Hook):
             self._resumed = checkpoint.get('epoch_scalars') or {}
 
     def before_train(self, runner) -> None:
+        self._waiting = []
         if is_main_process():
             _trim_metrics(self._path(runner), runner)
 
@@ -288,7 +297,15 @@ class MetricsHook(Hook):
             return
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float, np.number))}
         line = dict(mode=mode, epoch=epoch, iter=runner.iter, **numbers, time=round(seconds, 3))
-        append_line(self._path(runner), json.dumps(line))
+        self._waiting.append(json.dumps(line))
+        try:
+            while self._waiting:
+                append_line(self._path(runner), self._waiting[0])
+                del self._waiting[0]
+        except OSError as error:
+            if self.on_error == 'raise':
+                raise
+            runner.logger.error(f'{error}; the run goes on, with lines of the metrics that wait: {len(self._waiting)}')
 
 
 def _trim_metrics(path: Path, runner) -> None:
