@@ -40,6 +40,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------------
 # EWA
 # ---------------------------------------------------------------------------------------------------------------------
+DIVERGING = 0.5  # with learning rates that work, spreads of some tenths were seen
+
+
 @HOOKS.register_module()
 class EWAHook(Hook):
     """Experts Weights Averaging (arXiv 2308.06093) after every optimizer step of the run.
@@ -48,7 +51,8 @@ class EWAHook(Hook):
     each iteration. It runs before a model EMA and before checkpoints are written.
 
     The share rate and, now and then, how far apart the experts of each layer are (:func:`~ewa3d.engine.averaging.
-    expert_spread`, just after the averaging) go into ``metrics.jsonl`` and to the visualizer.
+    expert_spread`, just after the averaging) go into ``metrics.jsonl`` and to the visualizer. Experts that diverge are
+    a warning: a layer whose spread is above a half and twice what it was at first, and again each time it has doubled.
 
     Args:
         log_interval: the spread is taken every so many iterations, and at the end of every epoch.
@@ -65,6 +69,7 @@ class EWAHook(Hook):
         self.settings = dict(share_rate=share_rate, schedule=schedule, begin=begin, end=end, every=every,
                              average_moments=average_moments)
         self.handle, self.rate = None, 0.0
+        self._bounds: dict[str, float] = {}  # of the spread of each layer
 
     def before_train(self, runner) -> None:
         step, total_steps = optimizer_steps(runner)
@@ -79,12 +84,23 @@ class EWAHook(Hook):
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         runner.message_hub.update_scalar('train/share_rate', float(self.rate))
         if self.every_n_train_iters(runner, self.log_interval) or self.end_of_epoch(runner.train_dataloader, batch_idx):
-            spread = {f'spread/{name}': value for name, value in expert_spread(unwrapped(runner.model)).items()}
+            found = expert_spread(unwrapped(runner.model))
+            self._warn(runner, found)
+            spread = {f'spread/{name}': value for name, value in found.items()}
             runner.message_hub.update_scalars(spread)  # no part of the console's line: one number a layer
             runner.visualizer.add_scalars(spread, step=runner.iter + 1)
 
     def after_train(self, runner) -> None:
         self._detach()
+
+    def _warn(self, runner, spread: Mapping[str, float]) -> None:
+        """Name the layers whose experts diverge."""
+        for name, value in spread.items():
+            if not value <= self._bounds.setdefault(name, max(DIVERGING, 2 * value)):  # NaN is none
+                self._bounds[name] = max(self._bounds[name], 2 * value)
+                runner.logger.warning(
+                    f'iteration {runner.iter + 1}: the experts of {name} diverge: they are {value:.2f} of the size of '
+                    'their mean away from it; a larger share_rate holds them together')
 
     def _detach(self) -> None:
         if self.handle is not None:
