@@ -177,7 +177,7 @@ class RNGStateHook(Hook):
     def before_train(self, runner) -> None:
         if self._resumed is not None:
             set_rng_state(self._resumed)
-            if runner.iter % len(runner.train_dataloader) == 0:
+            if runner.iter == runner.epoch * len(runner.train_dataloader):
                 self._resumed = None  # inside an epoch, batches are skipped first: restore again after them
         elif runner.world_size > 1:  # one process goes on from where building the model left its generators
             seed_rank(runner.seed, runner.rank)
@@ -255,11 +255,11 @@ class MetricsHook(Hook):
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Inside an epoch, what the mean over it is made of."""
-        if isinstance(runner.train_loop, EpochBasedTrainLoop) and checkpoint['meta']['iter'] % len(
-                runner.train_dataloader):
+        position, steps = checkpoint['meta'], len(runner.train_dataloader)
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and position['iter'] != position['epoch'] * steps:
             checkpoint['epoch_scalars'] = {
                 name: history.data[0][self._lengths.get(name, 0):].tolist()
-                for name, history in runner.message_hub.log_scalars.items() if name.startswith('train/')}
+                for name, history in runner.message_hub.log_scalars.items() if name.startswith(('train/', 'spread/'))}
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if runner._resume:

@@ -42,6 +42,6 @@ def test_the_check_costs_little(tmp_path, action):
     spread = statistics.quantiles([b - a for a, b in zip(*(found[WARM_UP:] for found in times))], n=4)
     size = sum(p.numel() for p in runner.model.parameters())
     print(f"\naction='{action}', {size / 1e6:.2f} million parameters, batch 4: {without:.1f} ms a step without, "
-          f'{with_it:.1f} ms with: {with_it - without:+.2f} ms ({100 * (with_it / without - 1):+.1f} %); differences of '
-          f'neighbours, quartiles: {", ".join(f"{1000 * value:+.2f}" for value in spread)} ms')
+          f'{with_it:.1f} ms with: {with_it - without:+.2f} ms ({100 * (with_it / without - 1):+.1f} %); quartiles of '
+          f'the differences of neighbours: {", ".join(f"{1000 * value:+.2f}" for value in spread)} ms')
     assert with_it < 1.5 * without

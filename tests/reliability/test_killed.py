@@ -62,6 +62,8 @@ def check(folder: Path, whole: Path) -> None:
         assert same(ours.get(key), theirs.get(key)), key
     assert lines(folder) == lines(whole)
     assert not list((folder / 'run').glob('.*.tmp'))
+    assert [p.name for p in sorted((folder / 'run').glob('epoch_*'))] == ['epoch_2.pth', 'epoch_3.pth']
+    assert len(list((folder / 'run').glob('iter_*'))) <= 1
     assert len(list((folder / 'run').glob('best_*.pth'))) == 1
     caches = [{f.relative_to(root): f.read_bytes() for f in root.glob('*/*')} for root in
               (folder / 'cache', whole / 'cache')]
