@@ -299,7 +299,7 @@ def scenes_in(folder: Path) -> Iterator[tuple[Path, Path]]:
 def read_boxes(file: Path) -> list[dict]:
     """The boxes in a JSON file, with everything where it should be; values are checked later."""
     try:
-        content = json.loads(file.read_text('utf-8'), parse_int=float)  # any digits: inf beyond the range
+        content = json.loads(file.read_text('utf-8-sig'), parse_int=float)  # any digits: inf beyond the range
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{file}: is no JSON: {error}') from error
     boxes = content.get('boxes') if isinstance(content, dict) else None

@@ -336,7 +336,7 @@ def _trim_metrics(path: Path, runner) -> None:
     for text in path.read_text(encoding='utf-8').splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # the run was killed while it wrote this one
+        except (ValueError, RecursionError):  # the run was killed while it wrote this one
             continue
         again = line['mode'] == 'val' and line['epoch'] == runner.epoch and runner.pending_validation
         if line['epoch'] <= runner.epoch and line['mode'] != 'test' and not again:

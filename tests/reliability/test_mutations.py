@@ -30,6 +30,7 @@ FORMATS = {
         'x,y,z\n' + '\n'.join(row.replace(' ', ',') for row in ROWS)),
     'xyz': lambda path: path.write_text(f'{len(ROWS)}\n' + '\n'.join(ROWS)),
     'off': lambda path: path.write_text('OFF\n12 2 0\n' + '\n'.join(ROWS) + '\n3 0 1 2\n4 3 4 5 6\n'),
+    'obj': lambda path: path.write_text('\n'.join(f'v {row}' for row in ROWS) + '\nf 1 2 3\nf 4 5 6\n'),
     'ply': lambda path: path.write_bytes(b'ply\nformat binary_little_endian 1.0\nelement vertex 12\nproperty float x\n'
                                          b'property float y\nproperty float z\nend_header\n'
                                          + CLOUD.astype('<f4').tobytes()),
@@ -38,7 +39,7 @@ FORMATS = {
         b'POINTS 12\nDATA binary\n' + CLOUD.astype('<f4').tobytes()),
     'stl': lambda path: path.write_bytes(bytes(80) + (2).to_bytes(4, 'little') + b''.join(
         np.concatenate([[0, 0, 1], CLOUD[i:i + 3].ravel()]).astype('<f4').tobytes() + b'\0\0' for i in (0, 3)))}
-OPEN3D = ('ply', 'pcd', 'stl')
+OPEN3D = ('ply', 'pcd', 'stl', 'obj')
 
 
 def verdict(path: Path) -> str:
