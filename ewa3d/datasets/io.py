@@ -76,8 +76,8 @@ def read_cloud(path: str | Path, mesh_points: int = MESH_POINTS, rng: np.random.
 def as_cloud(points, name: str) -> np.ndarray:
     """``points`` as a float32 array ``(N, 3+F)``, or an error that names the sample.
 
-    A float64 cloud so far from the origin that float32 would round its shape away (map coordinates) is moved so that
-    its centre lies there; every transform for classification centres it anyway.
+    A cloud of float64 or integers so far from the origin that float32 would round its shape away (map coordinates) is
+    moved so that its centre lies there; every transform for classification centres it anyway.
 
     Raises:
         TypeError: not an array of numbers.
@@ -98,9 +98,10 @@ def as_cloud(points, name: str) -> np.ndarray:
                          f'point {rows[0]}')
     if points.dtype == np.float32:
         return points
-    if points.dtype == np.float64:
+    if points.dtype.itemsize > 2:  # integers, too: those beyond 2^24 are rounded in single precision
+        points = points.astype(np.float64)
         low, high = points[:, :3].min(0), points[:, :3].max(0)
-        centre = (low + high) / 2
+        centre = low / 2 + high / 2  # a sum may leave the range
         if np.abs(centre).max() > FAR * (high - low).max():
             points = np.concatenate([points[:, :3] - centre, points[:, 3:]], axis=1)
         if np.abs(points).max() > np.finfo(np.float32).max:
