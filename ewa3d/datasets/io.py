@@ -4,6 +4,8 @@ Arrays (``npy npz txt csv xyz h5``) and OFF meshes need nothing extra; ``ply pcd
 Every reader raises an error that names the file.
 """
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,15 +177,22 @@ def pick_key(keys, path: Path) -> str:
     return keys[0]
 
 
-def open_h5(path: Path):
-    """An h5 file, open for reading."""
+@contextmanager
+def open_h5(path: Path) -> Iterator:
+    """An h5 file, open for reading; what goes wrong with it there is a ``ValueError`` that names it."""
     import h5py
     if not path.is_file():
         raise FileNotFoundError(f'{path}: there is no such file')
     try:
-        return h5py.File(path, 'r')
+        file = h5py.File(path, 'r')
     except OSError as error:
         raise ValueError(f'{path}: not a readable HDF5 file, perhaps cut off: {error}') from error
+    try:
+        with file:
+            yield file
+    except Exception as error:  # a broken file makes the library raise errors of any kind
+        text = str(error)
+        raise ValueError(text if str(path) in text else f'{path}: cannot be read, perhaps cut off: {text}') from error
 
 
 def read_h5(path: Path, *keys: str) -> list[np.ndarray]:
@@ -196,11 +205,8 @@ def read_h5(path: Path, *keys: str) -> list[np.ndarray]:
         for key in keys:
             if key not in file:
                 raise ValueError(f'{path}: has no key {key!r}, only {sorted(file)}')
-        try:
-            arrays = [own_array(file, key, path) for key in keys]
-            return [array[()] for array in arrays]
-        except (OSError, KeyError, MemoryError) as error:  # a link to nothing; a shape that no memory holds
-            raise ValueError(f'{path}: cannot be read, perhaps cut off: {error}') from error
+        arrays = [own_array(file, key, path) for key in keys]
+        return [array[()] for array in arrays]
 
 
 def own_array(file, key: str, path: Path):
