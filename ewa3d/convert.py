@@ -4,13 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ewa3d.checks import some
-from ewa3d.engine.checkpoint import SUFFIXES, check_target, read_checkpoint, select_weights, write_checkpoint
+from ewa3d.engine.checkpoint import (
+    SUFFIXES,
+    check_target,
+    read_checkpoint,
+    save_torch,
+    select_weights,
+    write_checkpoint,
+)
 from ewa3d.engine.plain import storable
-from ewa3d.files import atomic_write
 from ewa3d.layers.experts import expert_mean
 from ewa3d.models.official import KINDS, WrongModelError, any_heads, check_kind, model_config, official_layout
 from ewa3d.models.weights import LAYOUTS, layouts_of, rename, squeezed, stacked_keys, state_dict_of
@@ -121,7 +126,7 @@ def _to_official(kind: str, report: ConvertReport, weights: str) -> None:
         stored = _part(content, 'meta', 'official', 'args')
         if stored:
             official['args'] = argparse.Namespace(**stored)
-        atomic_write(report.out, lambda file: torch.save(official, file))
+        save_torch(report.out, official)
 
 
 def _own_layout(kind: str, state: Mapping[str, Tensor], name: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ewa3d.engine.bounds import no_larger_than
 from ewa3d.engine.checkpoint import (
     check_target,
     load_model_state,
@@ -74,7 +75,7 @@ def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | N
     cfg = config_of(content, config, checkpoint)
     state, kind = select_weights(content, weights)
 
-    expanded = _built(cfg['model'], checkpoint)
+    expanded = build_stored(cfg['model'], checkpoint, state)
     load_model_state(expanded, state, str(checkpoint))
     expanded.eval().requires_grad_(False)
     plain, rows, difference = _fused(expanded, example_inputs(cfg))
@@ -90,16 +91,18 @@ def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | N
         return report
 
     plain_cfg = plain_config(cfg, plain)
-    load_model_state(_built(plain_cfg['model'], checkpoint), plain.state_dict(), 'the fused model')
+    load_model_state(build_stored(plain_cfg['model'], checkpoint, state), plain.state_dict(), 'the fused model')
     meta.update(cfg=plain_cfg, weights=kind, fused=dict(source=checkpoint.name, modules=fused, difference=difference))
     write_checkpoint(out, plain.state_dict(), meta)
     report.written = True
     return report
 
 
-def _built(cfg: Mapping, checkpoint: Path) -> nn.Module:
+def build_stored(cfg: Mapping, checkpoint: str | Path, weights: Mapping) -> nn.Module:
+    """The model of a config that came with a checkpoint; ``ValueError`` where that does not go."""
     try:
-        return MODELS.build(copy.deepcopy(dict(cfg)))
+        with no_larger_than(weights):
+            return MODELS.build(copy.deepcopy(dict(cfg)))
     except Exception as error:  # the config is whatever the file says, and so is what its values lead to
         reason = ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
         raise ValueError(f'{checkpoint}: its model config cannot be built: {type(error).__name__}: {reason}') from error

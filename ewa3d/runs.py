@@ -16,14 +16,17 @@ def read_json(path: Path) -> dict:
     """The dict in a file, ``{}`` where there is no such file.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is no JSON, or something else than a dict.
     """
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        found = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path}: no JSON: {error}') from None
+    if not isinstance(found, dict):
+        raise ValueError(f'{path}: a JSON object was expected, it holds {str(found)[:80]}')
+    return found
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -40,7 +43,7 @@ def read_metrics(folder: str | Path) -> list[dict]:
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, Mapping) and {'mode', 'epoch'} <= line.keys():
             lines.append(dict(line))

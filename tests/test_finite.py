@@ -131,3 +131,24 @@ def test_a_loop_of_ones_own_that_skips_spreads_nothing():
             optimizer.step()
     experts = [p for _, m in iter_experts(model) for p in m.expert_parameters()]
     assert is_finite([p.detach() for p in experts])
+
+
+def test_experts_that_diverge_are_in_the_log(tmp_path):
+    """Once for each doubling of the spread of a layer, and the layer is named."""
+    cfg = toy_config(tmp_path, ewa=True, epochs=4)
+    cfg['default_hooks']['ewa']['share_rate'] = 0.01
+    runner = Runner.from_cfg(cfg)
+    call, layer = runner.call_hook, runner.model.backbone.blocks[1].mlp
+
+    def pulling(stage, **kwargs):
+        if stage == 'before_train_epoch' and runner.epoch in (1, 3):
+            with torch.no_grad():
+                for expert, way in enumerate((1, -1)):
+                    layer.fc1.weight[expert] += 0.3 * way * runner.epoch
+        call(stage, **kwargs)
+
+    runner.call_hook = pulling
+    runner.train()
+    log = (tmp_path / 'train.log').read_text()
+    assert log.count('the experts of backbone.blocks.1.mlp diverge') == 2 and 'blocks.0.mlp diverge' not in log
+    assert 'iteration 12: the experts' in log and 'iteration 24: the experts' in log

@@ -378,3 +378,12 @@ def test_broken_ply_headers_name_the_file(tmp_path, open3d, old, new):
     text = 'ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\nproperty float z\nend_header\n'
     with pytest.raises(ValueError, match=r'bad.ply'):
         read_cloud(write(tmp_path / 'bad.ply', (text + '1 2 3\n').replace(old, new)))
+
+
+def test_large_integers_keep_their_shape():
+    """Coordinates in millimetres of a map: rounded to single precision only after they were moved."""
+    rows = np.array([[4_500_000_000, 10, 0], [4_500_000_001, 12, 0], [4_500_000_003, 10, 5]])
+    assert np.ptp(as_cloud(rows, 'x'), axis=0).tolist() == [3, 2, 5]
+    assert as_cloud(np.array([[1.7e308, 0, 0], [1.7e308, 1, 1]]), 'x').tolist() == [[0, -0.5, -0.5], [0, 0.5, 0.5]]
+    with np.errstate(over='ignore'), pytest.raises(ValueError, match='do not fit float32'):
+        as_cloud(np.array([[1.7e308, 0, 0], [-1.7e308, 1, 1]]), 'x')

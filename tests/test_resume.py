@@ -70,6 +70,22 @@ def test_resume_is_exact(whole, tmp_path, stage):
     assert_same_run(whole, tmp_path, 3)
 
 
+def test_resume_between_the_last_iteration_and_the_end_of_an_epoch(tmp_path):
+    """Its line of metrics is written, schedulers that count epochs step, and its checkpoint is saved."""
+    for name in ('whole', 'stopped'):
+        cfg = toy_config(tmp_path / name, **{**HARD, 'workers': 0})
+        cfg['param_scheduler'] = dict(type='MultiStepLR', milestones=[1, 2], gamma=0.3, by_epoch=True)
+        cfg['custom_hooks'] = [dict(type='CheckpointHook', interval=3, by_epoch=False, max_keep_ckpts=1)]
+        if name == 'stopped':
+            train(cfg, stop_after=12, stop_in='after_train_iter')
+            assert find_last_checkpoint(tmp_path / name).name == 'iter_12.pth'
+            cfg['resume'] = True
+        train(cfg)
+        assert [p.name for p in (tmp_path / name).glob('iter_*')] == ['iter_18.pth']
+        assert len(list((tmp_path / name).glob('epoch_*'))) == 3
+    assert_same_run(tmp_path / 'whole', tmp_path / 'stopped', 3)
+
+
 def test_resume_inside_an_epoch_is_exact(whole, tmp_path):
     cfg = toy_config(tmp_path, **HARD)
     cfg['custom_hooks'] = [dict(type='CheckpointHook', interval=4, by_epoch=False)]

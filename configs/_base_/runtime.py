@@ -10,6 +10,7 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     finite=dict(type='FiniteHook', action='raise'),
+    metrics=dict(type='MetricsHook', on_error='raise'),
 )
 log_level = 'INFO'
 load_from = None

@@ -31,8 +31,8 @@ BATCH = 32  # clouds that are read before they are ordered
 FPS_POINTS = 40_960  # points that are ordered together: what stays in the processor's cache, measured
 THIN = 65_536  # a larger cloud is thinned to so many points at random before it is ordered
 WRITING = '.writing-'
-_once = ContextVar('_once', default=False)
-
+ELSEWHERE = 'choose another one with cache_dir, or cache_dir=None to keep the clouds in memory'
+_once: ContextVar[bool] = ContextVar('once', default=False)
 _only_prepared: ContextVar[bool] = ContextVar('only_prepared', default=False)
 
 
@@ -169,8 +169,7 @@ def make_writable(cache_dir: Path) -> None:
         cache_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache_dir).close()
     except OSError as error:
-        raise OSError(f'the cache folder {str(cache_dir)!r} cannot be written ({error}): choose another one with '
-                      f'cache_dir, or cache_dir=None to keep the clouds in memory') from error
+        raise OSError(f'the cache folder {str(cache_dir)!r} cannot be written ({error}): {ELSEWHERE}') from error
 
 
 def load_if_whole(folder: Path) -> Clouds | None:
@@ -199,14 +198,28 @@ def write(clouds: Iterator[np.ndarray], folder: Path, settings: dict) -> None:
         np.save(temporary / 'offsets.npy', np.array(offsets, dtype=np.int64))
         (temporary / 'meta.json').write_text(json.dumps({'columns': columns, **settings}, indent=1))
         temporary.chmod(0o755)
-        if folder.exists():  # a damaged one
-            shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        put(temporary, folder)
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(temporary)):
+            raise  # of a source
+        reason = error.strerror or error
+        raise OSError(f'the cache {str(folder)!r} could not be written ({reason}): {ELSEWHERE}') from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = offsets[-1] * columns * 4 / 1e6
     print_log(f'wrote the cache {folder}: {len(offsets) - 1} clouds, {size:.0f} MB, '
               f'{time.perf_counter() - start:.0f} s', 'current')
+
+
+def put(temporary: Path, folder: Path) -> None:
+    """Give a cache its name; one that is whole and was there first stays, for the sake of those who read it."""
+    if folder.exists() and load_if_whole(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        temporary.rename(folder)
+    except OSError:  # without locks, another process may have been quicker
+        if load_if_whole(folder) is None:
+            raise
 
 
 @contextmanager
@@ -221,7 +234,11 @@ def lock(path: Path) -> Iterator[bool]:
     with path.open('w') as file:
         alone = False
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print_log(f'another process writes this cache; waiting for it to let go of {path}', 'current')
+                fcntl.flock(file, fcntl.LOCK_EX)  # of a process that died there is no lock left
             alone = True
         yield alone
 

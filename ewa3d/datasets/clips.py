@@ -9,7 +9,7 @@ import torch
 from ewa3d.checks import check_integer, check_number, is_integer
 from ewa3d.datasets.image_transforms import PackImage, label_sample
 from ewa3d.datasets.images import EXTENSIONS as IMAGES
-from ewa3d.datasets.images import decode_image
+from ewa3d.datasets.images import MOST_PIXELS, decode_image
 from ewa3d.datasets.transforms import rng_of
 from ewa3d.registry import TRANSFORMS
 
@@ -167,7 +167,10 @@ def _opened(path: Path):
 
 def _claimed(capture, path: Path) -> int:
     import cv2
-    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    width, height, count = (int(capture.get(key)) for key in (
+        cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_COUNT))
+    if width * height > MOST_PIXELS:
+        raise ValueError(f'{path}: frames of {width} × {height} pixels, more than {MOST_PIXELS}')
     if count < 1:
         raise ValueError(f'{path}: the video has no frames')
     return count

@@ -15,6 +15,7 @@ from ewa3d.registry import DATASETS, nearest
 __all__ = ['CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset', 'ImageFolder', 'ImageNet', 'decode_image']
 
 EXTENSIONS = frozenset(('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm'))
+MOST_PIXELS = 89_478_485  # 256 MB; Pillow warns of more and refuses twice as many, a few bytes may announce them
 CHECK_SIZE = (64, 64)  # a JPEG is decoded at a fraction of its size, but to its end
 
 
@@ -33,6 +34,8 @@ def decode_image(path: str | Path, mode: str = 'RGB', size: tuple[int, int] | No
         raise FileNotFoundError(f'{path}: there is no such file')
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f'{image.width} × {image.height} pixels, more than {MOST_PIXELS}')
             if size is not None:
                 image.draft(mode, size)
             if image.mode in ('I', 'F'):

@@ -4,6 +4,8 @@ Arrays (``npy npz txt csv xyz h5``) and OFF meshes need nothing extra; ``ply pcd
 Every reader raises an error that names the file.
 """
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,8 +78,8 @@ def read_cloud(path: str | Path, mesh_points: int = MESH_POINTS, rng: np.random.
 def as_cloud(points, name: str) -> np.ndarray:
     """``points`` as a float32 array ``(N, 3+F)``, or an error that names the sample.
 
-    A float64 cloud so far from the origin that float32 would round its shape away (map coordinates) is moved so that
-    its centre lies there; every transform for classification centres it anyway.
+    A cloud of float64 or integers so far from the origin that float32 would round its shape away (map coordinates) is
+    moved so that its centre lies there; every transform for classification centres it anyway.
 
     Raises:
         TypeError: not an array of numbers.
@@ -98,9 +100,10 @@ def as_cloud(points, name: str) -> np.ndarray:
                          f'point {rows[0]}')
     if points.dtype == np.float32:
         return points
-    if points.dtype == np.float64:
+    if points.dtype.itemsize > 2:  # integers, too: those beyond 2^24 are rounded in single precision
+        points = points.astype(np.float64)
         low, high = points[:, :3].min(0), points[:, :3].max(0)
-        centre = (low + high) / 2
+        centre = low / 2 + high / 2  # a sum may leave the range
         if np.abs(centre).max() > FAR * (high - low).max():
             points = np.concatenate([points[:, :3] - centre, points[:, 3:]], axis=1)
         if np.abs(points).max() > np.finfo(np.float32).max:
@@ -174,15 +177,22 @@ def pick_key(keys, path: Path) -> str:
     return keys[0]
 
 
-def open_h5(path: Path):
-    """An h5 file, open for reading."""
+@contextmanager
+def open_h5(path: Path) -> Iterator:
+    """An h5 file, open for reading; what goes wrong with it there is a ``ValueError`` that names it."""
     import h5py
     if not path.is_file():
         raise FileNotFoundError(f'{path}: there is no such file')
     try:
-        return h5py.File(path, 'r')
+        file = h5py.File(path, 'r')
     except OSError as error:
         raise ValueError(f'{path}: not a readable HDF5 file, perhaps cut off: {error}') from error
+    try:
+        with file:
+            yield file
+    except Exception as error:  # a broken file makes the library raise errors of any kind
+        text = str(error)
+        raise ValueError(text if str(path) in text else f'{path}: cannot be read, perhaps cut off: {text}') from error
 
 
 def read_h5(path: Path, *keys: str) -> list[np.ndarray]:
@@ -195,11 +205,8 @@ def read_h5(path: Path, *keys: str) -> list[np.ndarray]:
         for key in keys:
             if key not in file:
                 raise ValueError(f'{path}: has no key {key!r}, only {sorted(file)}')
-        try:
-            arrays = [own_array(file, key, path) for key in keys]
-            return [array[()] for array in arrays]
-        except (OSError, KeyError, MemoryError) as error:  # a link to nothing; a shape that no memory holds
-            raise ValueError(f'{path}: cannot be read, perhaps cut off: {error}') from error
+        arrays = [own_array(file, key, path) for key in keys]
+        return [array[()] for array in arrays]
 
 
 def own_array(file, key: str, path: Path):

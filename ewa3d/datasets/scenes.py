@@ -184,6 +184,8 @@ class SUNRGBDDetection(SceneDataset):
         inside += [self.data_root] if self.data_root.name.endswith(f'_v1_{self.split}') else []
         folder = require_folder(inside[0] if inside else f'{self.data_root}_{self.split}', 'SUNRGBDDetection')
         names = sorted(file.name.removesuffix('_pc.npz') for file in folder.glob('*_pc.npz'))
+        if not names:
+            raise FileNotFoundError(f'{folder}: there are no scenes in it, files *_pc.npz were expected')
         return check_files([dict(name=name, path=folder / f'{name}_pc.npz', boxes_path=folder / f'{name}_bbox.npy')
                             for name in names], folder)
 
@@ -299,7 +301,7 @@ def scenes_in(folder: Path) -> Iterator[tuple[Path, Path]]:
 def read_boxes(file: Path) -> list[dict]:
     """The boxes in a JSON file, with everything where it should be; values are checked later."""
     try:
-        content = json.loads(file.read_text('utf-8'), parse_int=float)  # any digits: inf beyond the range
+        content = json.loads(file.read_text('utf-8-sig'), parse_int=float)  # any digits: inf beyond the range
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{file}: is no JSON: {error}') from error
     boxes = content.get('boxes') if isinstance(content, dict) else None

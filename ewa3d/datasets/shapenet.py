@@ -68,6 +68,8 @@ class ShapeNet55(PointDataset):
         for split in ('train', 'test') if self.whole else (self.split,):
             listed = self._list_of(split)
             names = read_lines(listed)
+            if not names:
+                raise ValueError(f'{listed}: the list is empty')
             missing = [name for name in names if name not in there]
             data_list += [dict(path=str(folder / name), name=name.removesuffix('.npy'),
                                label=labels[taxonomy_of(name, listed)]) for name in names]

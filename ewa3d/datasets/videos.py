@@ -1,4 +1,5 @@
 """Videos with labels: files and folders of frames, by a list or by folders of classes; and generated ones."""
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +13,8 @@ from ewa3d.datasets.folder import Tree, wanted_classes
 from ewa3d.registry import DATASETS
 
 __all__ = ['MovingShapes', 'VideoDataset']
+
+LABEL = re.compile(r'\d{1,6}', re.ASCII)  # without names of classes there are as many as the largest one says
 
 
 class ClipDataset(PointDataset):
@@ -97,15 +100,16 @@ def read_list(file: Path, root: Path) -> list[tuple[Path, int]]:
     """Paths and labels of a list (see :class:`VideoDataset`)."""
     entries = []
     try:
-        lines = file.read_text(encoding='utf-8').splitlines()
+        lines = file.read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f'{file}: a list in UTF-8 was expected: {error}') from error
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words:
             continue
-        if len(words) < 2 or not words[-1].isdigit():
-            raise ValueError(f"{file}: line {number}: 'path label' with a label from 0 on was expected, got {line!r}")
+        if len(words) < 2 or not LABEL.fullmatch(words[-1]):
+            raise ValueError(f"{file}: line {number}: 'path label' with a label from 0 to 999999 was expected, got "
+                             f'{line[:200]!r}')
         name = line.strip()[:-len(words[-1])].strip()
         shorter = name[:-len(words[-2])].strip()
         if len(words) > 2 and words[-2].isdigit() and not (root / name).exists() and (root / shorter).is_dir():

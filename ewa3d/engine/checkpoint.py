@@ -35,8 +35,8 @@ from ewa3d.engine.plain import checksum, storable, to_plain
 from ewa3d.files import atomic_write, check_writable
 from ewa3d.layers.experts import iter_experts
 
-__all__ = ['FORMAT_VERSION', 'SUFFIXES', 'check_target', 'read_checkpoint', 'write_checkpoint', 'select_weights',
-           'load_model_state', 'load_any', 'find_last_checkpoint', 'NewerFormatError']
+__all__ = ['FORMAT_VERSION', 'SUFFIXES', 'check_target', 'read_checkpoint', 'save_torch', 'write_checkpoint',
+           'select_weights', 'load_model_state', 'load_any', 'find_last_checkpoint', 'NewerFormatError']
 
 FORMAT_VERSION = 1
 SUFFIXES = ('.pth', '.safetensors')
@@ -92,7 +92,7 @@ def write_checkpoint(path: str | Path, state_dict: Mapping, meta: Mapping | None
     checkpoint = dict(format_version=FORMAT_VERSION, meta=meta, state_dict=weights,
                       **{k: storable(v, k) for k, v in parts.items()})
     checkpoint['checksum'] = checksum(checkpoint)
-    atomic_write(path, lambda file: _save(checkpoint, file))
+    save_torch(path, checkpoint)
     return path
 
 
@@ -115,11 +115,15 @@ class _Sink:
         """Nothing: the file is flushed by who opened it."""
 
 
-def _save(checkpoint: dict, file) -> None:
-    sink = _Sink(file)
-    torch.save(checkpoint, sink)
-    if sink.error is not None:
-        raise sink.error
+def save_torch(path: Path, content: Mapping) -> None:
+    """``torch.save``, atomically, with an error where there is no space."""
+    def save(file) -> None:
+        sink = _Sink(file)
+        torch.save(content, sink)
+        if sink.error is not None:
+            raise sink.error
+
+    atomic_write(path, save)
 
 
 def _write_safetensors(path: Path, weights: dict, meta: dict) -> None:

@@ -40,6 +40,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------------
 # EWA
 # ---------------------------------------------------------------------------------------------------------------------
+DIVERGING = 0.5  # with learning rates that work, spreads of some tenths were seen
+
+
 @HOOKS.register_module()
 class EWAHook(Hook):
     """Experts Weights Averaging (arXiv 2308.06093) after every optimizer step of the run.
@@ -48,7 +51,8 @@ class EWAHook(Hook):
     each iteration. It runs before a model EMA and before checkpoints are written.
 
     The share rate and, now and then, how far apart the experts of each layer are (:func:`~ewa3d.engine.averaging.
-    expert_spread`, just after the averaging) go into ``metrics.jsonl`` and to the visualizer.
+    expert_spread`, just after the averaging) go into ``metrics.jsonl`` and to the visualizer. Experts that diverge are
+    a warning: a layer whose spread is above a half and twice what it was at first, and again each time it has doubled.
 
     Args:
         log_interval: the spread is taken every so many iterations, and at the end of every epoch.
@@ -70,6 +74,7 @@ class EWAHook(Hook):
         self.settings = dict(share_rate=share_rate, schedule=schedule, begin=begin, end=end, every=every,
                              average_moments=average_moments)
         self.handle, self.rate = None, 0.0
+        self._bounds: dict[str, float] = {}  # of the spread of each layer
 
     def before_train(self, runner) -> None:
         step, total_steps = optimizer_steps(runner)
@@ -84,12 +89,23 @@ class EWAHook(Hook):
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         runner.message_hub.update_scalar('train/share_rate', float(self.rate))
         if self.every_n_train_iters(runner, self.log_interval) or self.end_of_epoch(runner.train_dataloader, batch_idx):
-            spread = {f'spread/{name}': value for name, value in expert_spread(unwrapped(runner.model)).items()}
+            found = expert_spread(unwrapped(runner.model))
+            self._warn(runner, found)
+            spread = {f'spread/{name}': value for name, value in found.items()}
             runner.message_hub.update_scalars(spread)  # no part of the console's line: one number a layer
             runner.visualizer.add_scalars(spread, step=runner.iter + 1)
 
     def after_train(self, runner) -> None:
         self._detach()
+
+    def _warn(self, runner, spread: Mapping[str, float]) -> None:
+        """Name the layers whose experts diverge."""
+        for name, value in spread.items():
+            if not value <= self._bounds.setdefault(name, max(DIVERGING, 2 * value)):  # NaN is none
+                self._bounds[name] = max(self._bounds[name], 2 * value)
+                runner.logger.warning(
+                    f'iteration {runner.iter + 1}: the experts of {name} diverge: they are {value:.2f} of the size of '
+                    'their mean away from it; a larger share_rate holds them together')
 
     def _detach(self) -> None:
         if self.handle is not None:
@@ -166,7 +182,7 @@ class RNGStateHook(Hook):
     def before_train(self, runner) -> None:
         if self._resumed is not None:
             set_rng_state(self._resumed)
-            if runner.iter % len(runner.train_dataloader) == 0:
+            if runner.iter == runner.epoch * len(runner.train_dataloader):
                 self._resumed = None  # inside an epoch, batches are skipped first: restore again after them
         elif runner.world_size > 1:  # one process goes on from where building the model left its generators
             seed_rank(runner.seed, runner.rank)
@@ -225,28 +241,37 @@ class MetricsHook(Hook):
     losses over the epoch, the last learning rate, share rate and spread of the experts (``"spread/LAYER"``), and
     seconds; ``"val"`` and ``"test"`` lines have the metrics. A resumed run first drops the lines that it is about to
     write again.
+
+    Args:
+        on_error: what a line that cannot be written (no space, no permission) is: ``'raise'`` ends the run,
+            ``'continue'`` logs it and writes it with the next one that can be.
     """
     priority = 'BELOW_NORMAL'
     LAST = ('lr', 'base_lr', 'share_rate', 'temperature', 'kl_weight', 'skipped_steps')
 
-    def __init__(self):
+    def __init__(self, on_error: str = 'raise'):
+        if on_error not in ('raise', 'continue'):
+            raise ValueError(f"MetricsHook: on_error must be 'raise' or 'continue', got {on_error!r}")
+        self.on_error = on_error
+        self._waiting: list[str] = []
         self._started = self._eval_started = 0.0
         self._lengths: dict[str, int] = {}
         self._resumed: dict[str, list] = {}
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Inside an epoch, what the mean over it is made of."""
-        if isinstance(runner.train_loop, EpochBasedTrainLoop) and checkpoint['meta']['iter'] % len(
-                runner.train_dataloader):
+        position, steps = checkpoint['meta'], len(runner.train_dataloader)
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and position['iter'] != position['epoch'] * steps:
             checkpoint['epoch_scalars'] = {
                 name: history.data[0][self._lengths.get(name, 0):].tolist()
-                for name, history in runner.message_hub.log_scalars.items() if name.startswith('train/')}
+                for name, history in runner.message_hub.log_scalars.items() if name.startswith(('train/', 'spread/'))}
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if runner._resume:
             self._resumed = checkpoint.get('epoch_scalars') or {}
 
     def before_train(self, runner) -> None:
+        self._waiting = []
         if is_main_process():
             _trim_metrics(self._path(runner), runner)
 
@@ -293,7 +318,15 @@ class MetricsHook(Hook):
             return
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float, np.number))}
         line = dict(mode=mode, epoch=epoch, iter=runner.iter, **numbers, time=round(seconds, 3))
-        append_line(self._path(runner), json.dumps(line))
+        self._waiting.append(json.dumps(line))
+        try:
+            while self._waiting:
+                append_line(self._path(runner), self._waiting[0])
+                del self._waiting[0]
+        except OSError as error:
+            if self.on_error == 'raise':
+                raise
+            runner.logger.error(f'{error}; the run goes on, with lines of the metrics that wait: {len(self._waiting)}')
 
 
 def _trim_metrics(path: Path, runner) -> None:
@@ -308,7 +341,7 @@ def _trim_metrics(path: Path, runner) -> None:
     for text in path.read_text(encoding='utf-8').splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # the run was killed while it wrote this one
+        except (ValueError, RecursionError):  # the run was killed while it wrote this one
             continue
         again = line['mode'] == 'val' and line['epoch'] == runner.epoch and runner.pending_validation
         if line['epoch'] <= runner.epoch and line['mode'] != 'test' and not again:

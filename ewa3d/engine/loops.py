@@ -13,7 +13,14 @@ class TrainLoop(EpochBasedTrainLoop):
 
     * A checkpoint from before a validation: that validation is run first.
     * A checkpoint from inside an epoch: the batches that were trained on are skipped.
+    * A checkpoint from after the last iteration of an epoch, before its end: what happens there is done.
     """
+
+    def start_at(self, iteration: int, epoch: int) -> None:
+        """Go on after so many iterations, where a checkpoint says that ``epoch`` epochs had come to their end."""
+        self._iter, self._epoch = iteration, iteration // len(self.dataloader)
+        if epoch == self._epoch - 1 and iteration == self._epoch * len(self.dataloader):
+            self._epoch = epoch
 
     def run(self) -> nn.Module:
         self.runner.call_hook('before_train')
@@ -31,7 +38,7 @@ class TrainLoop(EpochBasedTrainLoop):
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         done = self._iter - self._epoch * len(self.dataloader)
-        for index, batch in enumerate(self.dataloader):
+        for index, batch in enumerate(self.dataloader if done < len(self.dataloader) else ()):
             if index >= done:
                 self._run_iter(index, batch)
         self.runner.call_hook('after_train_epoch')

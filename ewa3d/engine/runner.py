@@ -340,7 +340,8 @@ class Runner(_Runner):
         self.train_loop._iter = int(meta['iter'])
         if meta.get('epoch_length', steps) != steps:
             self.train_loop._iter = int(meta['epoch']) * steps
-        self.train_loop._epoch = self.train_loop._iter // steps if isinstance(self.train_loop, TrainLoop) else 0
+        if isinstance(self.train_loop, TrainLoop):
+            self.train_loop.start_at(self.train_loop._iter, int(meta.get('epoch', 0)))
         self._restore_info(checkpoint.get('message_hub') or {})
         try:
             self.optim_wrapper.load_state_dict(checkpoint['optimizer'])
@@ -371,7 +372,7 @@ class Runner(_Runner):
                 continue
             if 'ckpt' in key and isinstance(value, str):  # the folder may have moved; and a file names none elsewhere
                 value = os.path.join(self._work_dir, os.path.basename(value))
-            if key == 'keep_ckpt_ids':
+            if key.startswith('keep_ckpt_ids'):
                 value = [int(v) for v in value]
             self.message_hub.update_info(key, value)
 

@@ -2,7 +2,7 @@
 import copy
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,8 +77,9 @@ class CheckpointHook(_CheckpointHook):
             else:
                 self.best_ckpt_path_dict = {key: info(f'best_ckpt_{key}') for key in self.key_indicators}
         if self.max_keep_ckpts > 0:
-            kept = list(runner.message_hub.get_info('keep_ckpt_ids') or [])
+            kept = list(runner.message_hub.get_info(self._kept) or [])
             self.keep_ckpt_ids = deque(kept[-self.max_keep_ckpts:], self.max_keep_ckpts)
+            self._remove(kept[:-self.max_keep_ckpts])  # a run that was killed did not get to it
 
     def after_train_epoch(self, runner) -> None:
         with self._surviving(runner):
@@ -134,7 +135,7 @@ class CheckpointHook(_CheckpointHook):
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
                 outdated.append(self.keep_ckpt_ids.popleft())
             self.keep_ckpt_ids.append(step)
-            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+            runner.message_hub.update_info(self._kept, [*outdated, *self.keep_ckpt_ids])
         self.last_ckpt = os.path.join(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
         runner.save_checkpoint(self.out_dir, name, save_optimizer=self.save_optimizer,
@@ -144,5 +145,14 @@ class CheckpointHook(_CheckpointHook):
             return
         atomic_write(Path(runner.work_dir) / 'last_checkpoint', self.last_ckpt)
         Path(runner.work_dir, INTERRUPTED).unlink(missing_ok=True)
-        for old in outdated:
-            Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
+        self._remove(outdated)
+
+    @property
+    def _kept(self) -> str:
+        """Where the message hub has what is kept: a run may save by epochs and by iterations."""
+        return 'keep_ckpt_ids' if self.by_epoch else 'keep_ckpt_ids_by_iter'
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        if is_main_process():
+            for step in steps:
+                Path(self.out_dir, self.filename_tmpl.format(step)).unlink(missing_ok=True)

@@ -50,7 +50,11 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
     metainfo = (weights.get('meta') or {}).get('dataset_meta') or {}
     if not metainfo and config is not checkpoint and (weights or _lacks(cfg)):
         metainfo = _fill_from_data(whole, cfg)
-    model = MODELS.build(cfg)
+    if config is checkpoint:
+        from ewa3d.fusing import build_stored
+        model = build_stored(cfg, checkpoint, select_weights(weights)[0])
+    else:
+        model = MODELS.build(cfg)
     if weights:
         load_any(model, weights, select_weights(weights)[0], str(checkpoint))
         model.eval()

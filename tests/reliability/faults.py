@@ -1,14 +1,19 @@
-"""Faults to order: a module ``os`` whose k-th operation fails or kills, and runs in processes that may die."""
+"""Faults to order: a module ``os`` whose k-th operation fails, and all kinds of files to be written with it."""
+import errno
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from ewa3d import files
 from ewa3d.datasets.io import import_open3d
-from ewa3d.engine.runner import Runner
+from ewa3d.engine import checkpoint
+from ewa3d.figures import draw_confusion
+from ewa3d.report import write_report
+from ewa3d.visualization import write_ply
 
 OPERATIONS = ('open', 'fsync', 'ftruncate', 'chmod', 'replace')
 
@@ -17,7 +22,7 @@ class FaultyOS:
     """Stands for the module ``os`` in a module that writes files.
 
     Args:
-        at: called before every operation with its name and a function that does a part of it.
+        at: called before every operation with its name and, where it is a write, a function that does a share of it.
     """
 
     def __init__(self, at: Callable[[str, Callable], None]):
@@ -29,13 +34,13 @@ class FaultyOS:
             return value
 
         def operation(*args, **kwargs):
-            self._at(name, lambda: None)
+            self._at(name)
             return value(*args, **kwargs)
 
         return operation
 
     def write(self, handle: int, data) -> int:
-        self._at('write', lambda: os.write(handle, bytes(data)[:len(data) // 2]))
+        self._at('write', lambda share=0.5: os.write(handle, bytes(data)[:int(share * len(data))]))
         return os.write(handle, data)
 
     def fdopen(self, *args):
@@ -43,7 +48,7 @@ class FaultyOS:
 
 
 class FaultyFile:
-    """An open file, half of whose last write gets through."""
+    """An open file, of whose last write a part gets through."""
 
     def __init__(self, file, at):
         self._file, self._at = file, at
@@ -58,8 +63,8 @@ class FaultyFile:
         self._file.close()
 
     def write(self, data) -> int:
-        def part():
-            self._file.write(bytes(data)[:len(data) // 2])
+        def part(share=0.5):
+            self._file.write(bytes(data)[:int(share * memoryview(data).nbytes)])
             self._file.flush()
 
         self._at('write', part)
@@ -67,59 +72,56 @@ class FaultyFile:
 
 
 class Fault:
-    """What happens at operation ``number`` (counted from 0; ``None``: nowhere): an error, or the end of the process."""
+    """An error at operation ``number``, counted from 0 (``None``: nowhere)."""
 
-    def __init__(self, number: int | None = None, code: int | None = None):
+    def __init__(self, number: int | None = None, code: int = errno.ENOSPC):
         self.number, self.code, self.count = number, code, 0
 
     def __call__(self, name: str, part: Callable = lambda: None) -> None:
         here, self.count = self.count == self.number, self.count + 1
-        if not here:
-            return
-        part()
-        if self.code is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise OSError(self.code, os.strerror(self.code))
+        if here:
+            part()
+            raise OSError(self.code, os.strerror(self.code))
 
 
-def in_a_process(function: Callable[[Fault], None], kill_at: int | None, log: Path) -> tuple[bool, int]:
-    """Run ``function`` in a fork that dies at operation ``kill_at``; whether it lived, and its number of operations."""
-    counted = log.with_suffix('.count')
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1), os.dup2(output, 2)
-            fault = Fault(kill_at)
-            files.os = FaultyOS(fault)
-            function(fault)
-            counted.write_text(str(fault.count))
-            code = 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    status = os.waitpid(pid, 0)[1]
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return False, 0
-    assert os.WEXITSTATUS(status) == 0, log.read_text()[-3000:]
-    return True, int(counted.read_text())
+# ---- what is written: functions of a path and a number, which changes the content -----------------------------------
+def write_weights(path: Path, number: int) -> Path:
+    return checkpoint.write_checkpoint(path, dict(a=torch.arange(600.).view(20, 30) + number), dict(epoch=number))
 
 
-def train(cfg: dict, fault: Fault) -> None:
-    """Train; every stage of the run is an operation, too."""
-    runner = Runner.from_cfg(cfg)
-    call = runner.call_hook
+def write_whole_state(path: Path, number: int) -> Path:
+    state = dict(a=torch.arange(600.).view(20, 30) + number)
+    return checkpoint.write_checkpoint(path, state, dict(epoch=number), optimizer=dict(state=state), rng=[])
 
-    def counting(stage: str, **kwargs) -> None:
-        fault(stage)
-        call(stage, **kwargs)
 
-    runner.call_hook = counting
-    runner.train()
+def write_official(path: Path, number: int) -> Path:
+    checkpoint.save_torch(path, dict(base_model=dict(a=torch.arange(600.) + number)))
+    return path
+
+
+def write_run_report(path: Path, number: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.with_name('metrics.jsonl')
+    if not lines.exists():
+        lines.write_text('{"mode": "val", "epoch": 1, "iter": 3, "OA": 50.0}')
+    return write_report(path.parent, config=f'number = {number}')
+
+
+def write_picture(path: Path, number: int) -> Path:
+    return draw_confusion(np.eye(2) * number, ['a', 'b'], path)
+
+
+def write_points(path: Path, number: int) -> Path:
+    return write_ply(path, np.full((500, 3), number, np.float32))
+
+
+def write_numbers(path: Path, number: int) -> Path:
+    return files.atomic_write(path, f'[{number}]' * 900)
+
+
+WRITERS = {'epoch_1.pth': write_whole_state, 'fused.safetensors': write_weights, 'fused.pth': write_weights,
+           'official.pth': write_official, 'report.html': write_run_report, 'confusion.png': write_picture,
+           'cloud.ply': write_points, 'metrics.json': write_numbers}
 
 
 def need_open3d() -> None:

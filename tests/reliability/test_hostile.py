@@ -18,12 +18,16 @@ import pytest
 import torch
 from faults import need_open3d
 
+import ewa3d
+from ewa3d import runs
+from ewa3d.datasets import CIFAR100, FewShot, ModelNet, VideoDataset
 from ewa3d.datasets.images import decode_image
 from ewa3d.datasets.io import read_cloud, read_h5
 from ewa3d.datasets.parts import read_json
 from ewa3d.datasets.pickles import read_numpy_pickle
 from ewa3d.datasets.scenes import read_array, read_boxes
 from ewa3d.engine.checkpoint import read_checkpoint
+from ewa3d.fusing import fuse_checkpoint
 from ewa3d.unpack import unpack
 
 BILLION = 10 ** 12
@@ -88,6 +92,29 @@ def batch_that_runs(folder):
 @hostile('fold.pkl', read_numpy_pickle)
 def object_array_in_a_pickle(folder):
     return pickle.dumps([np.array([touch(folder)], dtype=object)], 4)
+
+
+@hostile('2way_1shot/0.pkl', lambda path: FewShot(path.parents[1], way=2, shot=1, cache_dir=None))
+def fold_that_runs(folder):
+    items = [(touch(folder), 0, 0), (np.ones((4, 3)), 1, 1)]
+    return pickle.dumps(dict(train=items, test=items), 2)
+
+
+@hostile('modelnet40_train_8192pts_fps.dat', lambda path: ModelNet(path.parent, cache_dir=None))
+def dat_that_runs(folder):
+    return pickle.dumps([[np.ones((4, 6), np.float32)], [touch(folder)]])
+
+
+@hostile('meta', lambda path: CIFAR100(path.parent))
+def names_of_classes_that_run(folder):
+    return pickle.dumps(dict(fine_label_names=touch(folder)), 2)
+
+
+@hostile('x.pth', read_checkpoint)
+def pickle_in_a_state(folder):
+    """A reduce in the place of a tensor, deep inside of an optimizer's state."""
+    command = Runs(os.system, (f'mkdir {folder}/it-ran',))
+    return saved(dict(state_dict={}, optimizer=dict(state={0: dict(exp_avg=command)})))
 
 
 @hostile('x.npy', read_cloud)
@@ -187,6 +214,41 @@ def h5_bomb(folder):
             data[start:start + 10 ** 5] = 0.
 
 
+def png_of(side: int) -> bytes:
+    """A picture of zeros: little to store, ``3 * side ** 2`` bytes in memory."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0))
+            + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
+
+
+for _side in (10_000, 100_000):
+    HOSTILE[f'png_of_{_side}'] = 'x.png', decode_image, lambda folder, side=_side: png_of(side)
+
+
+@hostile('list.txt', lambda path: VideoDataset(path.parent, ann_file='list.txt'))
+def list_that_means_many_classes(folder):
+    return f'clip {BILLION}\n'.encode()
+
+
+def stored_model(**changes) -> bytes:
+    """A checkpoint with the config of a model: what ``ewa3d.build`` and ``ewa3d fuse`` go by."""
+    model = dict(type='TaskModel', backbone=dict(
+        type='TokenEncoder', embed_dim=16, num_heads=2, tokenizer=dict(
+            type='PointPatchEmbed', num_groups=6, group_size=6, embed_dim=16, widths=(8, 8, 16), pos_dim=8)),
+        neck=dict(type='TokenPool'), head=dict(type='ClsHead', num_classes=2))
+    model['backbone'].update(depth=2, **changes)
+    return saved(dict(state_dict=dict(a=torch.ones(3)), meta=dict(cfg=dict(model=model))))
+
+
+READERS_OF_MODELS = dict(build=ewa3d.build, fuse=lambda path: fuse_checkpoint(path, path.with_name('out.pth')))
+for _name, _reader in READERS_OF_MODELS.items():
+    HOSTILE[f'{_name}_deep'] = 'x.pth', _reader, lambda folder: stored_model(depth=10 ** 9)
+    HOSTILE[f'{_name}_wide'] = 'x.pth', _reader, lambda folder: stored_model(embed_dim=10 ** 7)
+    HOSTILE[f'{_name}_code'] = 'x.pth', _reader, lambda folder: stored_model(type='os.mkdir')
+    HOSTILE[f'{_name}_import'] = 'x.pth', _reader, lambda folder: stored_model(custom_imports=dict(imports=['this']))
+
+
 # ---- headers that lie ------------------------------------------------------------------------------------------------
 def ply(layout: str, properties: str, body: bytes = b'', count: int = BILLION, more: str = '') -> bytes:
     return f'ply\nformat {layout} 1.0\nelement vertex {count}\n{properties}{more}end_header\n'.encode() + body
@@ -278,22 +340,42 @@ def safetensors_with_deep_meta(folder):
     return struct.pack('<Q', len(header)) + header
 
 
+@hostile('x.safetensors', read_checkpoint)
+def safetensors_that_overlap(folder):
+    tensor = dict(dtype='F32', shape=[4], data_offsets=[0, 16])
+    header = json.dumps(dict(a=tensor, b=tensor)).encode()
+    return struct.pack('<Q', len(header)) + header + bytes(16)
+
+
+@hostile('x.safetensors', read_checkpoint)
+def safetensors_that_begin_elsewhere(folder):
+    header = json.dumps(dict(a=dict(dtype='F32', shape=[2 ** 62, 4], data_offsets=[2 ** 63, 2 ** 63 + 16]))).encode()
+    return struct.pack('<Q', len(header)) + header + bytes(16)
+
+
+@hostile('x.obj', read_cloud)
+def obj_with_a_face_of_vertices_that_are_not_there(folder):
+    return f'v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 {BILLION}\nf 1 2 4\nf -9 -8 -7\n'.encode()
+
+
 @hostile('x.json', read_json)
 def json_depth(folder):
     return b'[' * 500_000
 
 
+@hostile('confusion.json', runs.read_json)
+def json_depth_of_a_run(folder):
+    return b'{"a":' * 500_000
+
+
+@hostile('metrics.jsonl', runs.read_metrics)
+def json_depth_of_a_line(folder):
+    return b'[' * 500_000 + b'\n' + b'{"mode":' * 200_000
+
+
 @hostile('x.json', read_boxes)
 def json_depth_of_boxes(folder):
     return b'{"boxes":' * 200_000
-
-
-@hostile('x.png', decode_image)
-def image_bomb(folder):
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 100_000, 100_000, 8, 2, 0, 0, 0))
-            + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
 
 
 # ---- links to other files -------------------------------------------------------------------------------------------
@@ -308,6 +390,28 @@ def secret(folder: Path) -> str:
 def h5_link_to_a_file(folder):
     with h5py.File(folder / 'x.h5', 'w') as file:
         file['points'] = h5py.ExternalLink(secret(folder), '/points')
+
+
+@hostile('x.h5', read_cloud)
+def h5_link_to_itself(folder):
+    with h5py.File(folder / 'x.h5', 'w') as file:
+        file['points'] = h5py.SoftLink('/points')
+
+
+@hostile('x.pth', read_checkpoint)
+def tar_that_leads_elsewhere(folder):
+    """The oldest format of torch is a tar file, which it unpacks."""
+    with tarfile.open(folder / 'x.pth', 'w') as archive:
+        for name in ('../it-ran', 'sys_info', 'pickle', 'storages', 'tensors', str(folder / 'it-ran')):
+            archive.addfile(tarfile.TarInfo(name))
+
+
+@hostile('x.pth', read_checkpoint)
+def zip_that_leads_elsewhere(folder):
+    with zipfile.ZipFile(folder / 'x.pth', 'w') as archive:
+        archive.writestr('x/data.pkl', pickle.dumps(touch(folder), 2))
+        for name in ('../it-ran', str(folder / 'it-ran')):
+            archive.writestr(name, b'')
 
 
 @hostile('x.h5', lambda path: read_h5(path, 'points'))
@@ -405,8 +509,9 @@ def limited(reader, path: Path) -> dict:
 def test_hostile_files_are_refused(tmp_path, name):
     file, reader, make = HOSTILE[name]
     path = tmp_path / file
-    if path.suffix in ('.ply', '.pcd', '.stl'):
+    if path.suffix in ('.ply', '.pcd', '.stl', '.obj'):
         need_open3d()
+    path.parent.mkdir(exist_ok=True)
     content = make(tmp_path)
     if content is not None:
         path.write_bytes(content)
@@ -414,6 +519,14 @@ def test_hostile_files_are_refused(tmp_path, name):
     assert found['kind'] == 'ValueError' and str(path) in found['text'], found
     assert found['megabytes'] < MEGABYTES and len(found['text']) < 1500
     assert not (tmp_path / 'it-ran').exists()
+
+
+def test_names_in_an_archive_lead_nowhere(tmp_path):
+    """Archives are read, never unpacked: an array with the name of a place elsewhere is an array."""
+    with zipfile.ZipFile(tmp_path / 'x.npz', 'w') as archive:
+        archive.writestr('../it-ran.npy', npy_header((2, 3)) + bytes(48))
+    assert read_cloud(tmp_path / 'x.npz').points.shape == (2, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ['x.npz'] and not (tmp_path.parent / 'it-ran.npy').exists()
 
 
 def test_the_corpus_is_counted():

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from engine_toys import on_cpu, same, toy_config  # noqa: F401
-from faults import Fault, FaultyOS
+from faults import WRITERS, Fault, FaultyOS
 
 from ewa3d import files
 from ewa3d.engine import checkpoint, intact
@@ -18,22 +18,23 @@ CODES = [errno.ENOSPC, errno.EACCES]
 
 
 @pytest.mark.parametrize('code', CODES)
-@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
-def test_a_write_that_fails_anywhere(tmp_path, monkeypatch, suffix, code):
-    path = write_checkpoint(tmp_path / f'x.{suffix}', STATE, dict(epoch=1))
-    before, count = path.read_bytes(), Fault()
-    monkeypatch.setattr(files, 'os', FaultyOS(count))
-    write_checkpoint(tmp_path / f'y.{suffix}', STATE, dict(epoch=2))
-    (tmp_path / f'y.{suffix}').unlink()
+@pytest.mark.parametrize('name', WRITERS)
+def test_a_write_that_fails_anywhere(tmp_path, monkeypatch, name, code):
+    folder, count, write = tmp_path / 'here', Fault(), WRITERS[name]
+    path = write(folder / name, 1)
+    before, there = path.read_bytes(), sorted(folder.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(files, 'os', FaultyOS(count))
+        write(tmp_path / 'other' / name, 2)
     assert count.count >= 4
     for number in range(count.count):
         monkeypatch.setattr(files, 'os', FaultyOS(Fault(number, code)))
         with pytest.raises(OSError, match='is what it was before') as caught:
-            write_checkpoint(path, STATE, dict(epoch=2))
+            write(folder / name, 2)
         assert caught.value.errno == code and str(path) in str(caught.value)
-        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    if suffix == 'pth':
-        print(f'\n{count.count} operations of writing a checkpoint failed one by one: the old one was intact')
+        assert path.read_bytes() == before and sorted(folder.iterdir()) == there
+    print(f'\n{name}: {count.count} operations of writing it failed one by one ({errno.errorcode[code]}): the old one '
+          'was intact')
 
 
 @pytest.mark.parametrize('code', CODES)
