@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import all_gather_object, is_distributed, is_main_process
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner as _Runner
@@ -31,7 +32,9 @@ from ewa3d.engine.interrupt import catch_signals
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.plain import to_plain
+from ewa3d.engine.ranks import check_sync_bn, lr_ratio, scale_rates
 from ewa3d.engine.reporting import close_displays, log_end, log_result, log_start
+from ewa3d.engine.sharding import FULLY_SHARD, gathered, shard, shared_out
 from ewa3d.engine.validate import check_config
 from ewa3d.files import atomic_write
 from ewa3d.models.build import without_pretrained
@@ -118,7 +121,9 @@ class Runner(_Runner):
         return ', '.join(type(hook).__name__ for hook in self._hooks)
 
     def _log_env(self, env_cfg: dict) -> None:
-        environment = describe_environment(seed=self._seed, world_size=self._world_size)
+        own = bool(self._randomness_cfg.get('diff_rank_seed'))  # is added to this rank's seed then
+        seeds = [self._seed - own * self.rank + rank for rank in range(self._world_size)]
+        environment = describe_environment(seed=self._seed, world_size=self._world_size, rank_seeds=seeds)
         self.logger.info(f'ewa3d {ewa3d.__version__}, torch {torch.__version__}, {environment["device"]}, '
                          f'seed {self._seed}, {self._world_size} process(es); work dir {self._work_dir}')
         if is_main_process() and self._train_loop is not None:
@@ -153,6 +158,10 @@ class Runner(_Runner):
         return super().build_model(without_pretrained(model) if resumed and isinstance(model, Mapping) else model)
 
     def wrap_model(self, model_wrapper_cfg, model: nn.Module) -> nn.Module:
+        if self.distributed and self.cfg.get('sync_bn') and self._train_loop is not None:
+            check_sync_bn(model, torch.cuda.is_available())
+        if self.distributed and (model_wrapper_cfg or {}).get('type') == FULLY_SHARD:
+            return shard(model.to(get_device()), **{k: v for k, v in model_wrapper_cfg.items() if k != 'type'})
         if self.distributed and not torch.cuda.is_available():
             model_wrapper_cfg = {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False,
                                  'find_unused_parameters': self.cfg.get('find_unused_parameters', False),
@@ -178,7 +187,7 @@ class Runner(_Runner):
         loader = _Runner.build_dataloader(dataloader, seed=seed, diff_rank_seed=diff_rank_seed)
         if len(loader.dataset) == 0:
             raise ValueError(f'the data set {type(loader.dataset).__name__} is empty')
-        if len(loader) == 0:
+        if len(loader) == 0 and loader.drop_last:  # without that, evaluation left nothing for this rank
             raise ValueError(f'the data set {type(loader.dataset).__name__} has {len(loader.dataset)} samples, which '
                              f'is less than one batch of {loader.batch_size}, and drop_last=True drops that')
         loader.generator = torch.Generator().manual_seed(int(seed or 0))
@@ -199,6 +208,18 @@ class Runner(_Runner):
             if isinstance(cfg, dict) and getattr(PARAM_SCHEDULERS.get(cfg['type']), 'by_iteration', False):
                 cfg['by_epoch'] = False  # from this mmengine takes the run's iterations as `end`
         return super()._build_param_scheduler(schedulers, optim_wrapper)
+
+    def scale_lr(self, optim_wrapper, auto_scale_lr=None) -> None:
+        """mmengine's linear rule, or ``rule='sqrt'``; gradient accumulation is not counted, as there."""
+        if not (auto_scale_lr or {}).get('enable'):
+            return
+        loader, base = self._train_dataloader, auto_scale_lr['base_batch_size']
+        real = self.world_size * (loader['batch_size'] if isinstance(loader, Mapping) else loader.batch_size)
+        rule = auto_scale_lr.get('rule', 'linear')
+        ratio = lr_ratio(real, base, rule)
+        scale_rates(optim_wrapper, ratio)
+        self.logger.info(f'learning rates are multiplied by {ratio:g}: they were given for a batch of {base}, and one '
+                         f'of all ranks is {real} (auto_scale_lr, {rule})')
 
     def _maybe_compile(self, target: str) -> None:
         """Compile what takes the time, tensors to features, and only for training: evaluation would compile again.
@@ -317,7 +338,7 @@ class Runner(_Runner):
         self.train_loop._epoch = self.train_loop._iter // steps if isinstance(self.train_loop, TrainLoop) else 0
         self._restore_info(checkpoint.get('message_hub') or {})
         try:
-            self.optim_wrapper.load_state_dict(checkpoint['optimizer'])
+            self.optim_wrapper.load_state_dict(self._optimizer_state(checkpoint['optimizer']))
         except (ValueError, KeyError) as error:
             raise ValueError(f'{filename}: its optimizer state does not fit this optimizer: {error}') from None
         saved = checkpoint.get('param_schedulers')
@@ -354,9 +375,9 @@ class Runner(_Runner):
         """Write a checkpoint; every rank calls this (their random states are gathered), the first one writes."""
         # Hooks run before the loop counts: the epoch that just ended, or the iteration, is one more.
         position = dict(epoch=self.epoch + bool(by_epoch), iter=self.iter + (not by_epoch))
-        checkpoint = dict(meta={**position, **(meta or {})}, state_dict=dict(unwrapped(self.model).state_dict()))
+        checkpoint = dict(meta={**position, **(meta or {})}, state_dict=gathered(unwrapped(self.model).state_dict()))
         if save_optimizer:
-            checkpoint['optimizer'] = self.optim_wrapper.state_dict()
+            checkpoint['optimizer'] = gathered(self.optim_wrapper.state_dict())
             checkpoint.update(self._accumulated_gradients())
         if save_param_scheduler and self.param_schedulers:
             states = self.param_schedulers
@@ -373,6 +394,12 @@ class Runner(_Runner):
                 checkpoint.pop(key, None)
         checkpoint['meta'] = self._meta(checkpoint)
         write_checkpoint(Path(out_dir) / filename, **checkpoint)
+
+    def _optimizer_state(self, state: dict) -> dict:
+        """As this run's optimizer takes it: cut up where the model is sharded."""
+        if isinstance(self.optim_wrapper, OptimWrapperDict):
+            return state
+        return shared_out(state, self.optim_wrapper.optimizer)
 
     def _accumulated_gradients(self) -> dict:
         """Where an epoch ends between two optimizer steps, each rank's gradients so far are part of the state."""
