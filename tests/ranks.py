@@ -21,7 +21,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(function, count: int, *args, timeout: float = 240) -> list:
+def run_ranks(function, count: int, *args, timeout: float = 3600) -> list:
     """What ``function(rank, *args)`` returns on each of ``count`` ranks; its error, where one of them fails.
 
     The function is one of a module's, and what it returns is tensors and plain values.

@@ -122,6 +122,9 @@ def job(rank: int, folder: str, ranks: int) -> dict:
     results['preempted'] = train(config(f'{folder}/preempted', ranks, resume=True, **EXPERTS))
     first = f'{folder}/shards/epoch_1.pth'
     results['resumed'] = train(config(f'{folder}/resumed', ranks, resume=first, **SHARDS))
+    runner = Runner.from_cfg(config(f'{folder}/loaded', ranks, load_from=f'{folder}/plain/epoch_2.pth', **SHARDS))
+    runner.load_or_resume()
+    results['loaded'] = gathered(runner.model.state_dict())
     return results
 
 
@@ -167,10 +170,11 @@ def metrics(rank: int = 0, ranks: int = 1) -> dict:
     torch.manual_seed(5)
     labels = [dict(gt_label=i % 3, pred_scores=torch.rand(3).softmax(0), source='clouds' if i % 2 else 'images')
               for i in range(max(SIZES))]
-    data = dict(Accuracy=(labels, dict(classes=['a', 'b', 'c'])),
+    classes = dict(classes=['a', 'b', 'c'])
+    data = dict(Accuracy=(labels, classes),
                 PartIoU=([shape(i % len(PARTS)) for i in range(max(SIZES))], dict(parts=PARTS)),
                 BoxAP=([scene() for _ in range(max(SIZES))], dict(classes=CLASSES)),
-                TaskMetrics=(labels, dict(sources={key: dict(classes=['a', 'b', 'c']) for key in ('clouds', 'images')})))
+                TaskMetrics=(labels, dict(sources=dict.fromkeys(('clouds', 'images'), classes))))
     options = dict(BoxAP=dict(min_points=0),
                    TaskMetrics=dict(tasks={key: dict(type='Accuracy') for key in ('clouds', 'images')}))
     found = {}
@@ -301,6 +305,14 @@ def test_checkpoints_of_shards_are_those_of_a_whole_model(runs, tmp_path):
     assert len(whole['losses']) == 3
 
 
+def test_a_plain_checkpoint_loads_into_shards(runs):
+    plain = read_checkpoint(runs[0] / '2' / 'plain' / 'epoch_2.pth')['state_dict']
+    loaded = runs[1][2][0]['loaded']
+    assert loaded.keys() == plain.keys()
+    for key, value in plain.items():  # every expert is the plain FFN
+        assert torch.equal(loaded[key], value.expand(loaded[key].shape)), key
+
+
 def test_mixed_batches_on_more_ranks_than_samples(tmp_path):
     alone, ranks = mixed_metrics(), run_ranks(mixed_metrics, 4)
     assert all(result == alone for result in ranks) and {'clouds/OA', 'images/OA'} <= set(alone)
@@ -322,6 +334,7 @@ def mixed_metrics(rank: int | None = None) -> dict:
     (dict(auto_scale_lr=dict(enable=True, base_batch_size=0)), ValueError, r'auto_scale_lr\.base_batch_size is 0'),
     (dict(auto_scale_lr=dict(enable=True, base_batch_size=8, rule='cubic')), ValueError, "'cubic'; 'linear' or"),
     (dict(sync_bn='mmcv'), ValueError, "sync_bn is 'mmcv'; 'torch' was expected"),
+    (dict(model_wrapper_cfg=dict(type='MMFullyShardedDataParallel')), ValueError, "flattens .*; use 'FullyShard'"),
     (dict(model_wrapper_cfg=dict(type='FullyShard', att='x')), TypeError, "model_wrapper_cfg takes no 'att'"),
     (dict(model_wrapper_cfg=dict(type='FullyShard'), ema=True), ValueError, 'EMAHook does not go together'),
     (dict(model_wrapper_cfg=dict(type='FullyShard'), accumulate=2), ValueError, 'accumulative_counts does not go'),

@@ -49,4 +49,4 @@ def mean_over_ranks(values: Mapping[str, float | list[float]]) -> dict:
 
 
 def _mean(values) -> float:
-    return math.fsum(values) / len(values)
+    return sum(values) / len(values)
