@@ -148,6 +148,8 @@ class Runner(_Runner):
                         checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3))
         if self.distributed:
             defaults['sync_buffers'] = dict(type='SyncBuffersHook')
+            if (self.cfg.get('model_wrapper_cfg') or {}).get('type') == FULLY_SHARD:
+                defaults['even_forwards'] = dict(type='EvenForwardsHook')
         hooks = {**defaults, **(hooks or {})}
         own = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
         super().register_default_hooks({k: v for k, v in hooks.items() if v is not None or k in own})

@@ -3,14 +3,15 @@ checkpoints stay those of one process."""
 from collections.abc import Mapping
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import all_reduce, is_main_process
+from mmengine.hooks import Hook
 from torch import Tensor, nn
 
 from ewa3d.layers.stacked import iter_experts
-from ewa3d.registry import nearest
+from ewa3d.registry import HOOKS, nearest
 from ewa3d.reparam import glob
 
-__all__ = ['FULLY_SHARD', 'gathered', 'shard', 'shared_out']
+__all__ = ['EvenForwardsHook', 'FULLY_SHARD', 'gathered', 'shard', 'shared_out']
 
 FULLY_SHARD = 'FullyShard'  # the name in `model_wrapper_cfg`, which is no wrapper
 
@@ -47,6 +48,38 @@ def shard(model: nn.Module, at: str = 'backbone.blocks.*', reshard_after_forward
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, shard_placement_fn=place)
     model.register_load_state_dict_pre_hook(_share_out_state)
     return model
+
+
+@HOOKS.register_module()
+class EvenForwardsHook(Hook):
+    """Lets all ranks of a sharded model evaluate equally many batches: gathering its parameters takes all of them, and
+    where no sample is repeated, ranks have different numbers. What the further ones give is not counted."""
+    priority = 'LOWEST'
+
+    def before_val_epoch(self, runner) -> None:
+        self._begin(runner, runner.val_dataloader)
+
+    def before_test_epoch(self, runner) -> None:
+        self._begin(runner, runner.test_dataloader)
+
+    def _begin(self, runner, loader) -> None:
+        most = torch.tensor(len(loader))
+        all_reduce(most, 'max')
+        self._length, self._missing = len(loader), int(most) - len(loader)
+        if not self._length:
+            self._run(runner, loader.collate_fn([loader.dataset[0]]))
+
+    def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        if batch_idx + 1 == self._length:
+            self._run(runner, data_batch)
+
+    after_test_iter = after_val_iter
+
+    @torch.no_grad()
+    def _run(self, runner, batch) -> None:
+        runner.model.eval()
+        for _ in range(self._missing):
+            runner.model.val_step(batch)
 
 
 def gathered(value):
