@@ -16,6 +16,7 @@ import pytest
 import torch
 from engine_toys import same, toy_config
 from mixed_toys import mixed_config
+from mmengine.model import convert_sync_batchnorm
 from ranks import run_ranks
 from test_box_ap import CLASSES, scene
 from test_part_iou import PARTS
@@ -28,6 +29,7 @@ import ewa3d
 from ewa3d.engine import runner as runners
 from ewa3d.engine.averaging import attach_ewa
 from ewa3d.engine.checkpoint import load_model_state, read_checkpoint
+from ewa3d.engine.ranks import check_sync_bn
 from ewa3d.engine.runner import Runner
 from ewa3d.engine.sharding import gathered
 from ewa3d.layers.experts import iter_experts
@@ -102,13 +104,11 @@ def evaluating(cfg: dict) -> dict:
 
 
 def synchronised(folder: str, ranks: int) -> dict:
-    """Batch norms with ``sync_bn``: what they become, what a model with them says, and that a CPU cannot train them."""
+    """With ``sync_bn``, a CPU cannot train and does evaluate."""
     cfg = toy_config(f'{folder}/sync', sync_bn='torch', launcher='pytorch')
     with pytest.raises(ValueError, match=r"sync_bn='torch': .* GPUs only"):
         Runner.from_cfg(cfg)
-    runner = Runner.from_cfg(evaluating(cfg))
-    kinds = {type(m).__name__ for m in runner.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    return dict(kinds=sorted(kinds), metrics=runner.test())
+    return Runner.from_cfg(evaluating(cfg)).test()
 
 
 def job(rank: int, folder: str, ranks: int) -> dict:
@@ -265,9 +265,20 @@ def test_sigterm_to_one_rank_ends_all_with_a_checkpoint(runs):
 
 
 def test_sync_bn_converts_and_a_cpu_cannot_train_it(runs, tmp_path):
-    alone = Runner.from_cfg(evaluating(toy_config(tmp_path))).test()
-    for result in runs[1][2]:
-        assert result['synchronised'] == dict(kinds=['SyncBatchNorm'], metrics=alone)
+    runner = Runner.from_cfg(evaluating(toy_config(tmp_path)))
+    alone = runner.test()
+    assert all(result['synchronised'] == alone for result in runs[1][2])
+    model = runner.model.eval()
+    points = dict(points=torch.randn(2, 48, 3))
+    before, keys = model(points), model.state_dict().keys()
+    check_sync_bn(model, on_gpu=True)
+    model = convert_sync_batchnorm(model)
+    kinds = {type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    assert kinds == {nn.SyncBatchNorm} and model.state_dict().keys() == keys
+    assert torch.equal(model(points), before)
+    ewa3d.expand(model, [dict(type='RePaFFN', at='backbone.blocks.*')])
+    with pytest.raises(ValueError, match=r"would replace 'backbone\.blocks\.0.*', a TokenBatchNorm"):
+        check_sync_bn(model, on_gpu=True)
 
 
 def test_shards_by_config_train_as_whole_models(runs):

@@ -160,7 +160,9 @@ class Runner(_Runner):
         return super().build_model(without_pretrained(model) if resumed and isinstance(model, Mapping) else model)
 
     def wrap_model(self, model_wrapper_cfg, model: nn.Module) -> nn.Module:
-        if self.distributed and self.cfg.get('sync_bn') and self._train_loop is not None:
+        if self._train_loop is None:
+            self.cfg.sync_bn = None  # evaluation has no statistics to take
+        if self.distributed and self.cfg.get('sync_bn'):
             check_sync_bn(model, torch.cuda.is_available())
         if self.distributed and (model_wrapper_cfg or {}).get('type') == FULLY_SHARD:
             return shard(model.to(get_device()), **{k: v for k, v in model_wrapper_cfg.items() if k != 'type'})
