@@ -104,17 +104,16 @@ def shared_out(state: Mapping, optimizer: torch.optim.Optimizer) -> dict:
 
 def _share_out_state(model: nn.Module, state_dict: dict, prefix: str, *args) -> None:
     for name, own in model.state_dict().items():
-        if prefix + name in state_dict:
-            state_dict[prefix + name] = _like(own, state_dict[prefix + name])
+        value = state_dict.get(prefix + name)
+        if isinstance(value, Tensor):
+            plain = own.ndim == value.ndim + 1 and value.shape == own.shape[1:]  # of one expert: that of all
+            state_dict[prefix + name] = _like(own, value.expand(own.shape) if plain else value)
 
 
 def _like(own: Tensor, value):
-    """``value`` cut up as ``own`` is; a tensor of one expert becomes that of all first."""
-    if not (hasattr(own, 'full_tensor') and isinstance(value, Tensor)) or hasattr(value, 'full_tensor'):
+    """``value`` cut up as ``own`` is; one of another shape (the count of steps, a mistake) itself."""
+    if not (hasattr(own, 'full_tensor') and isinstance(value, Tensor)) or value.shape != own.shape \
+            or hasattr(value, 'full_tensor'):
         return value
-    if value.shape == own.shape[1:]:
-        value = value.expand(own.shape)
-    if value.shape != own.shape:
-        return value  # an error of who loads it, or a number such as the count of steps
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value.to(own.device).contiguous(), own.device_mesh, own.placements, src_data_rank=None)
