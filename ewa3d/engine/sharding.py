@@ -106,7 +106,7 @@ def _share_out_state(model: nn.Module, state_dict: dict, prefix: str, *args) -> 
     for name, own in model.state_dict().items():
         value = state_dict.get(prefix + name)
         if isinstance(value, Tensor):
-            plain = own.ndim == value.ndim + 1 and value.shape == own.shape[1:]  # of one expert: that of all
+            plain = value.ndim > 0 and value.shape == own.shape[1:]  # of one expert: that of all
             state_dict[prefix + name] = _like(own, value.expand(own.shape) if plain else value)
 
 
