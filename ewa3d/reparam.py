@@ -128,7 +128,7 @@ def expand(model: nn.Module, rules: dict | Iterable[dict]) -> Report:
     Raises:
         TypeError: a rule has an unknown key, no ``type`` or ``at``, or a ``type`` that is no Reparam.
         KeyError: a ``type`` that is not registered.
-        ValueError: a rule matches nothing, or a module that an earlier rule replaced; the model is wrapped.
+        ValueError: a rule matches nothing, or a module that an earlier rule replaced; the model is wrapped or sharded.
         Whatever the class's ``expand`` raises, with the rule and the module in front of the message.
     """
     _refuse_wrapped(model, 'expand')
@@ -163,7 +163,8 @@ def fuse(model: nn.Module) -> Report:
         A report with a ``'fused'`` or ``'kept'`` row a module.
 
     Raises:
-        ValueError: ``model`` is itself a Reparam (use its ``fuse()``), or is wrapped by DDP, FSDP or ``torch.compile``.
+        ValueError: ``model`` is itself a Reparam (use its ``fuse()``), or is wrapped by DDP, FSDP or ``torch.compile``,
+            or its parameters are sharded.
     """
     _refuse_wrapped(model, 'fuse')
     if isinstance(model, Reparam):
@@ -378,6 +379,15 @@ def _refuse_wrapped(model: nn.Module, action: str) -> None:
             path = f'model.{name}.{inner}' if name else f'model.{inner}'
             raise ValueError(f'{action}() needs the unwrapped model: {what} is a {type(module).__name__}, which would '
                              f'keep the old parameters; pass the module inside ({path}) and wrap the result again')
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, 'full_tensor'):  # a DTensor, of fully_shard or of tensor parallelism
+            raise ValueError(f'{action}() needs a model whose parameters are whole, and {name} is a DTensor, of which '
+                             f'each rank has a part: {_WHOLE[action]}')
+
+
+_WHOLE = {'expand': 'expand first and call fully_shard then',
+          'fuse': 'gather its state dict (get_model_state_dict of torch.distributed.checkpoint.state_dict, with '
+                  'full_state_dict=True), load that into the same model without shards, and fuse this one'}
 
 
 def wrapped_attribute(module: nn.Module) -> str | None:

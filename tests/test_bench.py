@@ -13,6 +13,7 @@ from ewa3d.bench.ops import ball_query_topk, chamfer_cdist, fps_mask_assign, knn
 from ewa3d.bench.parts import interpolate_gather
 from ewa3d.bench.pretrain import QUICK, NaivePointMAE, autoencoder
 from ewa3d.bench.published import NaiveClassifier, scale_and_translate
+from ewa3d.bench.scaling import Crew
 from ewa3d.models.weights import rename
 
 REPO = Path(__file__).resolve().parents[1]
@@ -108,6 +109,13 @@ def test_a_missing_gpu_is_said(capsys):
     with pytest.raises(SystemExit):
         main(['ops', '--device', 'cuda'])
     assert 'torch sees no CUDA device' in capsys.readouterr().err
+
+
+def test_an_error_in_another_process_is_told_with_its_traceback():
+    with pytest.raises(RuntimeError, match=r'rank 0 of 1: Traceback[\s\S]*ValueError: not enough values'), \
+            Crew([1], Settings(quick=True)) as crew:
+        crew.ask(1, 'build', ('nothing',))
+    assert not any(process.is_alive() for process in crew.processes)
 
 
 @pytest.mark.parametrize('suite', SUITES)

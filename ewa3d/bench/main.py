@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ewa3d.bench import data, detection, latency, layers, memory, mixers, ops, parts, pretrain, step, vit
+from ewa3d.bench import data, detection, latency, layers, memory, mixers, ops, parts, pretrain, scaling, step, vit
 from ewa3d.bench.harness import CLOCKS, DTYPES, Case, Row, Settings, measure, report, table
 from ewa3d.cli.options import Parser
 from ewa3d.engine.memory import keep_freed_memory
@@ -21,6 +21,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
     'latency': latency.cases,    # inference: plain, and fused from EWA and its relatives, with parameters and FLOPs
     'data': data.cases,          # loaders by workers: clouds, scenes, images, on generated files
     'memory': memory.cases,      # peaks of a step by batch and points, with and without activation checkpointing
+    'scaling': scaling.cases,    # steps of several processes, with the share that exchanging gradients takes
     'vit': vit.cases,            # the same of timm's ViT-S in a plain loop
     'pretrain': pretrain.cases,  # Point-MAE's pretraining step: naive, ours
     'parts': parts.cases,        # part segmentation: shares of a step, interpolation

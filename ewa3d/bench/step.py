@@ -9,7 +9,7 @@ from torch import nn
 from ewa3d.bench.harness import Case, Settings
 from ewa3d.bench.published import NaiveClassifier, scale_and_translate
 
-__all__ = ['cases', 'classifier']
+__all__ = ['cases', 'classifier', 'training_step']
 
 FULL = dict(batch=32, points=1024, num_groups=64, group_size=32, dim=384, depth=12, heads=6, classes=40,
             widths=(128, 256, 512))
@@ -33,29 +33,34 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def _step(settings: Settings, size: dict, dtype: str, every: int = 0):
-    """A builder of one step: forward, loss, backward, AdamW, with ``every`` the averaging of the experts."""
-    def build():
-        from ewa3d import attach_ewa, expand
-        from ewa3d.structures import Sample
-        model = classifier(size).to(settings.device)
-        if every:
-            expand(model, [dict(type='EWAFFN', at='backbone.blocks.*.mlp', every=every, num_experts=4)])
-        model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-        if every:
-            attach_ewa(optimizer, model, share_rate=0.3, schedule='constant', total_steps=1_000_000)
-        points = torch.randn(size['batch'], size['points'], 3, device=settings.device)
-        samples = [Sample(gt_label=torch.tensor(i % size['classes'], device=settings.device))
-                   for i in range(size['batch'])]
+    """A builder of :func:`training_step`."""
+    return lambda: training_step(settings, size, dtype, every)
 
-        def step():
-            with settings.autocast(dtype):
-                losses = model(dict(points=points), samples, mode='loss')
-            sum(losses.values()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return step
-    return build
+
+def training_step(settings: Settings, size: dict, dtype: str, every: int = 0, wrap=lambda model: model):
+    """One step: forward, loss, backward, AdamW, with ``every`` the averaging of the experts; ``wrap`` may put the model
+    into another one."""
+    from ewa3d import attach_ewa, expand
+    from ewa3d.structures import Sample
+    model = classifier(size).to(settings.device)
+    if every:
+        expand(model, [dict(type='EWAFFN', at='backbone.blocks.*.mlp', every=every, num_experts=4)])
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    if every:
+        attach_ewa(optimizer, model, share_rate=0.3, schedule='constant', total_steps=1_000_000)
+    model = wrap(model)
+    points = torch.randn(size['batch'], size['points'], 3, device=settings.device)
+    samples = [Sample(gt_label=torch.tensor(i % size['classes'], device=settings.device))
+               for i in range(size['batch'])]
+
+    def step():
+        with settings.autocast(dtype):
+            losses = model(dict(points=points), samples, mode='loss')
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
 
 
 def _published(settings: Settings, size: dict, dtype: str):

@@ -54,7 +54,7 @@ def evaluate(args) -> int:
         keep['pictures'] = _pictures(cfg, args.pictures)
     trained_on = train_fingerprint(cfg.get('train_dataloader')) if (meta.get('data') or {}).get('train') else None
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
-                'val_evaluator', 'load_from', 'compile', 'auto_scale_lr'):
+                'val_evaluator', 'load_from', 'compile', 'auto_scale_lr', 'model_wrapper_cfg'):
         cfg[key] = None
     cfg.resume = False
     cfg.model = without_pretrained(cfg.model)  # the checkpoint has it all, and the file may be elsewhere by now

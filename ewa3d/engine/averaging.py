@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,7 +16,7 @@ from ewa3d.checks import check_integer, is_number
 from ewa3d.engine.schedules import ShareRate
 from ewa3d.layers.stacked import Experts, iter_experts
 
-__all__ = ['ExpertAveraging', 'attach_ewa', 'average_', 'expert_spread', 'largest_share_rate']
+__all__ = ['ExpertAveraging', 'attach_ewa', 'average_', 'expert_spread', 'largest_share_rate', 'whole']
 
 logger = logging.getLogger('ewa3d')
 _attached: 'weakref.WeakKeyDictionary[Optimizer, list]' = weakref.WeakKeyDictionary()
@@ -29,6 +30,9 @@ def largest_share_rate(num_experts: int) -> float:
 @torch.no_grad()
 def average_(experts: Tensor | nn.Module | Iterable, share_rate: float) -> None:
     """One EWA update, in place.
+
+    Parameters that ``fully_shard`` split are averaged right along whichever dimension: where it is the experts', every
+    rank has to call this, and their sums travel; along another one nothing does.
 
     Args:
         experts: a tensor with a leading expert dimension, a module (all stacked experts in it), or several of them.
@@ -57,16 +61,18 @@ def check_share_rate(share_rate: float, num_experts: int) -> None:
 
 
 def _average(stacked: Tensor, share_rate: float) -> None:
-    local = _local(stacked)
-    weight = min(float(share_rate) / largest_share_rate(len(local)), 1.)  # 1 - c
+    weight = min(float(share_rate) / largest_share_rate(len(stacked)), 1.)  # 1 - c
     if weight == 0:
         return
+    local, groups = _local(stacked)
     wide = local.float() if local.dtype in (torch.float16, torch.bfloat16) else local
     experts = wide.unbind(0)
-    mean = experts[0].clone()
+    mean = experts[0].clone() if experts else wide.new_zeros(wide.shape[1:])  # of a shard, all may be elsewhere
     for expert in experts[1:]:  # adding whole experts is twice as fast as a reduction over the leading dimension
         mean += expert
-    mean /= len(experts)
+    for group in groups:
+        dist.all_reduce(mean, group=group)
+    mean /= len(stacked)
     for expert in experts:
         expert.lerp_(mean, weight)
     if wide is not local:
@@ -91,7 +97,7 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
     """How far apart the experts are, by layer: the root mean square over experts of ‖W_i − W̄‖, over ‖W̄‖.
 
     W are all parameters of a layer that its experts do not share; residual experts are taken with their core. 0 are
-    equal experts. Reads the device once.
+    equal experts. Reads the device once; under ``fully_shard`` every rank has to call it.
 
     Returns:
         name of the module → spread; empty where there are no experts.
@@ -102,6 +108,7 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
         for key, parameter in module.body().named_parameters():
             stacked = module.stacked(key, parameter)
             if stacked is not None:
+                stacked = whole(stacked)
                 variance, mean = torch.var_mean(stacked.float(), 0, correction=0)
                 apart, size = apart + variance.sum(), size + mean.square().sum()
         if isinstance(apart, Tensor):
@@ -139,8 +146,8 @@ def attach_ewa(optimizer: Optimizer, model: nn.Module, share_rate: float = 0.3,
         A handle with ``rate``, ``step`` and ``remove()``; also a context manager that removes itself.
 
     Raises:
-        ValueError: the model has no experts, the optimizer lacks some of them or shards them, the experts are already
-            averaged by another handle, or a number is out of range, the schedule's values included.
+        ValueError: the model has no experts, the optimizer lacks some of them, FSDP1 or ZeRO cut them up, another
+            handle averages them already, or a number is out of range, the schedule's values included.
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, or a count no integer.
     """
     rate = ShareRate(share_rate, schedule, total_steps, begin, end)
@@ -225,7 +232,7 @@ def _expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, module in model.named_modules():
         if any(cls.__name__ == 'FullyShardedDataParallel' for cls in type(module).__mro__):
             raise ValueError(f'{name or "the model"} is a FullyShardedDataParallel, which flattens parameters: experts '
-                             f'cannot be averaged in it. Use DDP, or shard another dimension with fully_shard')
+                             f'cannot be averaged in it. Use DDP or fully_shard')
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
     for module_name, module in iter_experts(model):
@@ -234,27 +241,28 @@ def _expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                              'full residuals (rank=None), or train it without EWA')
         for parameter in module.expert_parameters():
             name = names[id(parameter)]
-            if _sharded(parameter) or parameter.ndim == 0 or len(parameter) != module.num_experts:
-                raise ValueError(f'{name} is sharded along its expert dimension (shape {tuple(parameter.shape)}, '
-                                 f'{module.num_experts} experts in {module_name!r}): its mean is not on this rank. '
-                                 f'Shard another dimension or leave the experts out of FSDP and ZeRO')
+            if parameter.ndim == 0 or len(parameter) != module.num_experts:
+                raise ValueError(f'{name} has the shape {tuple(parameter.shape)} and {module_name!r} has '
+                                 f'{module.num_experts} experts: what cut it up leaves no mean to be taken. Shard it '
+                                 'with fully_shard, or leave the experts whole')
             found[name] = parameter
     if not found:
         raise ValueError(f'{type(model).__name__} has no experts: call ewa3d.expand(model, rules) first')
     return found
 
 
-def _sharded(parameter: Tensor) -> bool:
-    """Along dimension 0, as a DTensor."""
-    for placement in getattr(parameter, 'placements', ()):
-        if getattr(placement, 'dim', None) == 0 or placement.is_partial():
-            return True
-    return False
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, which every rank has to ask for; any other tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor on this rank, which is whole along dimension 0; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+def _local(tensor: Tensor) -> tuple[Tensor, list]:
+    """The part of a DTensor on this rank, and the process groups over which its dimension 0 is shared out; any other
+    tensor itself."""
+    if not hasattr(tensor, 'to_local'):
+        return tensor, []
+    cuts = [i for i, placement in enumerate(tensor.placements) if getattr(placement, 'dim', None) == 0]
+    return tensor.to_local(), [tensor.device_mesh.get_group(i) for i in cuts]
 
 
 def _check_schedule(share_rate: ShareRate, num_experts: int) -> None:

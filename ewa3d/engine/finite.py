@@ -93,9 +93,9 @@ class FiniteHook(Hook):
 
     def _are_finite(self, gradients: list[Tensor]) -> bool:
         flags = [loss.isfinite().all() for loss in self._losses]
-        if gradients:
-            largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-            flags.append(getattr(largest, 'full_tensor', lambda: largest)().isfinite())
+        parts = [g.to_local() if hasattr(g, 'to_local') else g for g in gradients]  # of shards, this rank's
+        if any(part.numel() for part in parts):
+            flags.append(torch.nn.utils.get_total_norm([p for p in parts if p.numel()], math.inf).isfinite())
         finite = torch.stack([flag.to(flags[0].device) for flag in flags]).all().int()
         all_reduce(finite, 'min')  # a loss may be NaN on one rank only
         return bool(finite)

@@ -23,6 +23,7 @@ from torch import nn
 from ewa3d.checks import check_integer, some
 from ewa3d.datasets.base import shared_ids
 from ewa3d.engine.averaging import attach_ewa, expert_spread
+from ewa3d.engine.parallel import mean_over_ranks
 from ewa3d.engine.saving import CheckpointHook
 from ewa3d.evaluation import is_of_one_class
 from ewa3d.files import append_line, atomic_write
@@ -185,7 +186,8 @@ class RNGStateHook(Hook):
             if runner.iter == runner.epoch * len(runner.train_dataloader):
                 self._resumed = None  # inside an epoch, batches are skipped first: restore again after them
         elif runner.world_size > 1:  # one process goes on from where building the model left its generators
-            seed_rank(runner.seed, runner.rank)
+            own = runner._randomness_cfg.get('diff_rank_seed')  # mmengine has added the rank
+            seed_rank(runner.seed, 0 if own else runner.rank)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         if self._resumed is not None:
@@ -238,9 +240,9 @@ class MetricsHook(Hook):
     """``metrics.jsonl`` in the work dir: one line per training epoch, one per evaluation.
 
     ``{"mode": "train", "epoch": 1, "iter": 124, "lr": …, "loss": …, "share_rate": …, "time": …}`` has the means of the
-    losses over the epoch, the last learning rate, share rate and spread of the experts (``"spread/LAYER"``), and
-    seconds; ``"val"`` and ``"test"`` lines have the metrics. A resumed run first drops the lines that it is about to
-    write again.
+    losses over the epoch and all ranks, the last learning rate, share rate and spread of the experts
+    (``"spread/LAYER"``), and seconds; ``"val"`` and ``"test"`` lines have the metrics. A resumed run first drops the
+    lines that it is about to write again.
 
     Args:
         on_error: what a line that cannot be written (no space, no permission) is: ``'raise'`` ends the run,
@@ -262,9 +264,9 @@ class MetricsHook(Hook):
         """Inside an epoch, what the mean over it is made of."""
         position, steps = checkpoint['meta'], len(runner.train_dataloader)
         if isinstance(runner.train_loop, EpochBasedTrainLoop) and position['iter'] != position['epoch'] * steps:
-            checkpoint['epoch_scalars'] = {
+            checkpoint['epoch_scalars'] = mean_over_ranks({
                 name: history.data[0][self._lengths.get(name, 0):].tolist()
-                for name, history in runner.message_hub.log_scalars.items() if name.startswith(('train/', 'spread/'))}
+                for name, history in runner.message_hub.log_scalars.items() if name.startswith(('train/', 'spread/'))})
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if runner._resume:
@@ -292,6 +294,7 @@ class MetricsHook(Hook):
                 line[name] = float(history.current())
             elif mode == 'train' and key not in ('time', 'data_time') and new:
                 line[key] = float(history.current() if key in self.LAST else history.mean(new))
+        line = mean_over_ranks(line)  # each rank has the losses of its own samples
         self._write(runner, 'train', runner.epoch + 1, line, time.perf_counter() - self._started)
 
     def before_val_epoch(self, runner) -> None:

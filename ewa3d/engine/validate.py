@@ -16,6 +16,8 @@ from torch import Tensor, compile, nn
 
 from ewa3d import registry as R
 from ewa3d.checks import is_integer, is_number
+from ewa3d.engine.parallel import RULES
+from ewa3d.engine.sharding import FULLY_SHARD, shard
 from ewa3d.registry import check_keywords, nearest
 from ewa3d.reparam import RULE_KEYS
 
@@ -39,7 +41,7 @@ KINDS = {**{f'{split}_{part}': (dict,) for split in ('train', 'val', 'test') for
 SECTIONS = {'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'),
             'env_cfg.mp_cfg': ('mp_start_method', 'opencv_num_threads'),
             'randomness': ('seed', 'diff_rank_seed', 'deterministic'),
-            'auto_scale_lr': ('base_batch_size', 'enable'),
+            'auto_scale_lr': ('base_batch_size', 'enable', 'rule'),
             'compile': tuple(inspect.signature(compile).parameters)[1:],
             'log_processor': ('type', *tuple(inspect.signature(LogProcessor).parameters))}
 # mmengine's own constructor reads its `paramwise_cfg` key by key and never says that one is unknown.
@@ -94,8 +96,39 @@ def check_config(cfg: Mapping, training: bool = True) -> None:
                 _check_loader(hook.get(key), f'{where}.{key}')
     for where, keys in SECTIONS.items():
         _check_section(cfg, where, keys)
+    _check_ranks(cfg)
     if isinstance(cfg.get('visualizer'), Mapping):
         _check(cfg['visualizer'], R.VISUALIZERS, 'visualizer')
+
+
+def _check_ranks(cfg: Mapping) -> None:
+    """What belongs to runs of several processes."""
+    scaling = cfg.get('auto_scale_lr') or {}
+    _check_ranges(scaling, 'auto_scale_lr', dict(base_batch_size=COUNT))
+    if scaling.get('enable') and scaling.get('base_batch_size') is None:
+        raise KeyError('auto_scale_lr has no base_batch_size, for which the learning rate of the config is meant')
+    _choice(scaling.get('rule', 'linear'), 'auto_scale_lr.rule', RULES)
+    if cfg.get('sync_bn') is not None:
+        _choice(cfg['sync_bn'], 'sync_bn', ('torch',))
+    wrapper = cfg.get('model_wrapper_cfg')
+    _expect(wrapper, 'model_wrapper_cfg', dict)
+    if isinstance(wrapper, Mapping) and wrapper.get('type') == 'MMFullyShardedDataParallel':
+        raise ValueError("model_wrapper_cfg.type='MMFullyShardedDataParallel' flattens parameters, so that neither "
+                         f"experts can be averaged nor checkpoints be read elsewhere; use {FULLY_SHARD!r}")
+    if isinstance(wrapper, Mapping) and wrapper.get('type') == FULLY_SHARD:
+        _check_names(wrapper, {'type', *list(inspect.signature(shard).parameters)[1:]}, 'model_wrapper_cfg')
+        hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
+        several = (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1) > 1
+        for where, found in (('sync_bn', cfg.get('sync_bn')), ('compile', cfg.get('compile')),
+                             ('optim_wrapper.accumulative_counts', several),
+                             ('EMAHook', any(isinstance(h, Mapping) and h.get('type') == 'EMAHook' for h in hooks))):
+            if found:
+                raise ValueError(f'{where} does not go together with model_wrapper_cfg.type={FULLY_SHARD!r}')
+
+
+def _choice(value, where: str, accepted) -> None:
+    if value not in tuple(accepted):
+        raise ValueError(f'{where} is {value!r}; {" or ".join(map(repr, accepted))} was expected')
 
 
 def _expect(value, where: str, *kinds: type) -> None:

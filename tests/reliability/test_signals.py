@@ -45,7 +45,7 @@ def test_a_signal_saves_and_leaves(whole, tmp_path, number, stage, iteration, sa
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as caught:
         send(config(tmp_path), number, stage, iteration)
-    assert number == signal.SIGINT or caught.value.code == 143
+    assert number == signal.SIGINT or caught.value.code == 0
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     path = find_last_checkpoint(tmp_path)
     assert path.name == 'interrupted.pth' and read_checkpoint(path)['meta']['iter'] == saved
