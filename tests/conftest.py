@@ -1,11 +1,14 @@
 """Shared fixtures: one thread, seeded generators, and where real data and reference arrays are found."""
+import importlib.util
 import json
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch3d_toy
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
@@ -24,6 +27,15 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def pytorch3d(monkeypatch):
+    """pytorch3d serves the operators: the real one where it is installed, elsewhere a toy with its signatures."""
+    if importlib.util.find_spec('pytorch3d') is None:
+        for name, module in pytorch3d_toy.modules().items():
+            monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv('EWA3D_BACKEND', 'pytorch3d')
 
 
 def _existing(root: Path, name: str, what: str) -> Path:

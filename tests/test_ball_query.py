@@ -16,9 +16,11 @@ def naive(query, points, radius, k):
     return found
 
 
-@pytest.fixture(params=['scan', 'tree'])
+@pytest.fixture(params=['scan', 'tree', 'pytorch3d'])
 def way(request, monkeypatch):
-    """Small clouds are scanned, large ones searched with a tree; here both take the same small clouds."""
+    """Small clouds are scanned, large ones searched with a tree; here all take the same small clouds."""
+    if request.param == 'pytorch3d':
+        request.getfixturevalue('pytorch3d')
     if request.param == 'tree':
         pytest.importorskip('scipy')
         monkeypatch.setattr(points_module, 'TREE_POINTS', 1)
@@ -32,6 +34,10 @@ def way(request, monkeypatch):
 def test_is_the_naive_loop(way, radius, k, dtype):
     points = torch.randn(2, 60, 3, dtype=dtype)
     query = torch.cat([points[:, :5], torch.randn(2, 4, 3, dtype=dtype), points[:, :2] + 100], 1)
+    if way == 'pytorch3d' and dtype == torch.float64:
+        with pytest.raises(ValueError, match='single precision'):
+            ops.ball_query(query, points, radius, k)
+        return
     found = ops.ball_query(query, points, radius, k)
     assert found.dtype == torch.int64 and torch.equal(found, naive(query, points, radius, k))
     assert torch.equal(found[:, -2:], torch.zeros(2, 2, k, dtype=torch.int64))  # no hit: index 0, as the kernel

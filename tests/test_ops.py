@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ewa3d import ops
+from ewa3d.ops import blocks
 from ewa3d.ops import points as points_module
 
 
@@ -43,17 +44,34 @@ def clouds(B, N, dtype=torch.float32, offset=0.):
 
 
 # ---- farthest point sampling ----------------------------------------------------------------------------------------
+@pytest.fixture(params=['loop', 'compiled', 'sorted', 'pytorch3d'])
+def fps_way(request, monkeypatch):
+    """Every implementation in turn, whatever is installed: compiled loops run as Python where numba is not."""
+    kernel = None if request.param == 'loop' else blocks.compiled() or blocks.farthest
+    monkeypatch.setattr(blocks, 'compiled', lambda: kernel)
+    if request.param == 'sorted':
+        monkeypatch.setattr(blocks, 'LENGTH', 8)
+        monkeypatch.setattr(blocks, 'SORTED', 0)
+    if request.param == 'pytorch3d':
+        request.getfixturevalue('pytorch3d')
+    return request.param
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('B, N, num', [(3, 50, 20), (1, 37, 37), (2, 1, 1), (2, 129, 1)])
-def test_fps_is_the_naive_loop(B, N, num, dtype):
+def test_fps_is_the_naive_loop(fps_way, B, N, num, dtype):
     points = clouds(B, N, dtype)
+    if fps_way == 'pytorch3d' and dtype == torch.float64:
+        with pytest.raises(ValueError, match='single precision'):
+            ops.fps(points, num)
+        return
     expected = torch.tensor([naive_fps(p, num) for p in points])
     idx = ops.fps(points, num)
     assert idx.dtype == torch.int64
     assert torch.equal(idx, expected)
 
 
-def test_fps_far_from_the_origin_equals_fps_at_it():
+def test_fps_far_from_the_origin_equals_fps_at_it(fps_way):
     points = (torch.randint(0, 256, (2, 200, 3)) / 256.).float()  # a grid that float32 holds at +1000 too
     assert torch.equal(ops.fps(points, 40), ops.fps(points + 1000, 40))
 
@@ -65,7 +83,7 @@ def test_fps_float64_resolves_what_float32_cannot():
     assert ops.fps(points.float(), 2).tolist() == [[0, 1]]
 
 
-def test_fps_ties_and_duplicates_go_to_the_lowest_index():
+def test_fps_ties_and_duplicates_go_to_the_lowest_index(fps_way):
     points = torch.cat([grid(), grid()])  # every point twice, on a grid
     assert ops.fps(points[None], 100)[0].tolist() == naive_fps(points, 100)
     assert ops.fps(torch.zeros(1, 37, 3) + 0.3, 5).tolist() == [[0] * 5]
@@ -74,21 +92,21 @@ def test_fps_ties_and_duplicates_go_to_the_lowest_index():
     assert max(ops.fps(doubled[None], 41)[0].tolist()) < 41
 
 
-def test_fps_start():
+def test_fps_start(fps_way):
     points = clouds(2, 30)
     assert ops.fps(points, 9, start=7)[1].tolist() == naive_fps(points[1], 9, start=7)
     idx = ops.fps(points, 9, start=torch.tensor([3, 29]))
     assert idx.tolist() == [naive_fps(points[0], 9, 3), naive_fps(points[1], 9, 29)]
 
 
-def test_fps_prefix_property_and_order_of_a_whole_cloud():
+def test_fps_prefix_property_and_order_of_a_whole_cloud(fps_way):
     points = clouds(2, 64)
     order = ops.fps(points, 64)
     assert torch.equal(order[:, :17], ops.fps(points, 17))
     assert torch.equal(order.sort(1)[0], torch.arange(64).expand(2, -1))
 
 
-def test_fps_skip_origin():
+def test_fps_skip_origin(fps_way):
     points = clouds(2, 60) * 0.05  # many points within the radius
     expected = [naive_fps(p, 50, skip_origin=True) for p in points]
     assert ops.fps(points, 50, skip_origin=True).tolist() == expected
@@ -96,7 +114,7 @@ def test_fps_skip_origin():
     assert ops.fps(points * 1e-3, 4, skip_origin=True).tolist() == [[0] * 4] * 2  # nothing else is left
 
 
-def test_fps_lengths():
+def test_fps_lengths(fps_way):
     points = clouds(2, 30)
     points[0, 12:] = 99  # padding, farthest of all
     idx = ops.fps(points, 10, lengths=torch.tensor([12, 30]))
@@ -155,10 +173,12 @@ def test_bad_shapes_and_types():
 
 
 # ---- nearest neighbours ---------------------------------------------------------------------------------------------
-@pytest.fixture(params=['partition', 'tree', 'topk'])
+@pytest.fixture(params=['partition', 'tree', 'topk', 'pytorch3d'])
 def way(request, monkeypatch):
     """Every implementation in turn, whatever the size."""
-    if request.param == 'topk':
+    if request.param == 'pytorch3d':
+        request.getfixturevalue('pytorch3d')
+    elif request.param == 'topk':
         monkeypatch.setattr(points_module, '_tracing', lambda: True)
         monkeypatch.setattr(points_module, '_compiling', lambda: False)
     else:
@@ -171,6 +191,10 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize('M, N, k', [(7, 60, 8), (3, 10, 10), (1, 1, 1), (5, 33, 1)])
 def test_knn_is_the_naive_sort(way, M, N, k, dtype):
     query, points = clouds(2, M, dtype), clouds(2, N, dtype)
+    if way == 'pytorch3d' and dtype == torch.float64:
+        with pytest.raises(ValueError, match='single precision'):
+            ops.knn(query, points, k)
+        return
     distance, idx = ops.knn(query, points, k)
     for b in range(2):
         assert torch.equal(idx[b], naive_knn(query[b], points[b], k))

@@ -43,22 +43,34 @@ class RandomCuboid:
         rng, xyz, boxes = rng_of(results), results['points'][:, :3], boxes_of(results)
         if len(xyz) < self.min_points:
             return results
-        extent = xyz.max(0) - xyz.min(0)
+        axes = np.ascontiguousarray(xyz.T)  # numpy is slow at rows of three
+        extent = axes.max(1) - axes.min(1)
         for _ in range(self.tries):
             share = rng.uniform(*self.crop, size=3)
             pairs = [min(share[i], share[j]) / max(share[i], share[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
             if max(pairs) < self.aspect:
                 continue
             centre, half = xyz[rng.integers(len(xyz))], share * extent / 2
-            rows = np.flatnonzero((np.abs(xyz - centre) <= half).all(1))
-            if len(rows) < self.min_points:
+            inside = within(axes, centre, half, self.min_points)
+            if inside is None:
                 continue
             kept = (np.abs(boxes[:, :3] - centre) <= half).all(1)
             if not kept.any() and len(boxes):
                 continue
             results.update(boxes=boxes[kept], box_labels=results['box_labels'][kept])
-            return take(results, rows)
+            return take(results, np.flatnonzero(inside))
         return results
+
+
+def within(axes: np.ndarray, centre: np.ndarray, half: np.ndarray, least: int) -> np.ndarray | None:
+    """Which points ``(3, N)`` lie in a cuboid; ``None`` where there are fewer than ``least``, as soon as that shows."""
+    inside = None
+    for i, axis in enumerate(axes):
+        near = np.abs(axis - centre[i]) <= half[i:i + 1]  # an array: compared in double precision by any numpy
+        inside = near if inside is None else np.logical_and(inside, near, out=inside)
+        if np.count_nonzero(inside) < least:
+            return None
+    return inside
 
 
 @TRANSFORMS.register_module()

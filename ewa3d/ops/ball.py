@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ewa3d.checks import check_integer, check_number
+from ewa3d.ops import backends
 from ewa3d.ops import points as base
 
 __all__ = ['ball_query']
@@ -14,19 +15,23 @@ __all__ = ['ball_query']
 DENSE = 16  # balls that hold more than this times k points are scanned, where a tree would list all of them
 
 
-def ball_query(query: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
+def ball_query(query: Tensor, points: Tensor, radius: float, k: int, backend: str = 'auto') -> Tensor:
     """The first ``k`` points, in the order of their indices, that are nearer than ``radius`` to each query; a ball that
     holds fewer repeats the first of them. The semantics of PointNet++'s kernel (Qi et al. 2017).
 
     A query without any point gets index 0, as there. Distances are computed in the dtype of ``points`` (half precision:
     in float32).
 
+    Args:
+        backend: ``'auto'``, ``'torch'`` or ``'pytorch3d'`` (:mod:`ewa3d.ops.backends`).
+
     Shape:
         - query ``(B, M, 3)``, points ``(B, N, 3)``; returns ``(B, M, k)`` int64.
 
     Raises:
         TypeError, ValueError: a radius or ``k`` that is no positive number, no points, coordinates that are not finite,
-            shapes that do not fit.
+            shapes that do not fit, a backend that does not exist or cannot do it.
+        ImportError: a backend that is not installed.
     """
     base.check_points(points)
     base.check_points(query, 'query')
@@ -38,10 +43,14 @@ def ball_query(query: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
     k = check_integer('ball_query: k', k, 1)
     with torch.no_grad():
         query, points = base._single(query.detach()), base._single(points.detach())
-        return (_ball_query_op if base._compiling() else _ball_query)(query, points.to(query.dtype), radius, k)
+        return (_ball_query_op if base._compiling() else _ball_query)(query, points.to(query.dtype), radius, k,
+                                                                              backend)
 
 
-def _ball_query(query: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
+def _ball_query(query: Tensor, points: Tensor, radius: float, k: int, backend: str) -> Tensor:
+    module = None if base._tracing() else backends.pytorch3d_for(backend, query, points)
+    if module is not None:
+        return backends.ball_query(module, query, points, radius, k)
     large = points.shape[1] >= base.TREE_POINTS and query.shape[1] >= base.TREE_QUERIES
     if points.device.type == 'cpu' and large and len(points) and not base._tracing() and base.tree_class() is not None:
         dtype = points.numpy().dtype
@@ -95,10 +104,10 @@ def _search_tree(query: np.ndarray, points: np.ndarray, found: np.ndarray, worke
 
 
 @torch.library.custom_op('ewa3d::ball_query', mutates_args=())
-def _ball_query_op(query: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
-    return _ball_query(query, points, radius, k)
+def _ball_query_op(query: Tensor, points: Tensor, radius: float, k: int, backend: str) -> Tensor:
+    return _ball_query(query, points, radius, k, backend)
 
 
 @_ball_query_op.register_fake
-def _(query, points, radius, k):
+def _(query, points, radius, k, backend):
     return query.new_empty(*query.shape[:2], k, dtype=torch.int64)

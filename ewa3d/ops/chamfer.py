@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ewa3d.ops import backends
 from ewa3d.ops.points import CHUNK, DEVICE_CHUNK, check_points, gather, search_trees, tree_class
 from ewa3d.registry import nearest as nearest_names
 
@@ -17,7 +18,7 @@ TREE_POINTS = 512  # from this size on a k-d tree costs less than comparing ever
 NORMS, REDUCTIONS = ('l1', 'l2'), ('mean', 'none')
 
 
-def chamfer_distance(x: Tensor, y: Tensor, norm: str = 'l2', reduction: str = 'mean') -> Tensor:
+def chamfer_distance(x: Tensor, y: Tensor, norm: str = 'l2', reduction: str = 'mean', backend: str = 'auto') -> Tensor:
     """The distance of each point to the nearest one of the other set, both ways (Fan et al. 2017).
 
     With the mean over the points of a set: ``'l2'`` is ``mean d²(x→y) + mean d²(y→x)`` (Point-MAE's loss), ``'l1'``
@@ -29,19 +30,21 @@ def chamfer_distance(x: Tensor, y: Tensor, norm: str = 'l2', reduction: str = 'm
     Args:
         norm: ``'l1'`` or ``'l2'``.
         reduction: ``'mean'`` over the batch, or ``'none'``.
+        backend: ``'auto'``, ``'torch'`` or ``'pytorch3d'`` (:mod:`ewa3d.ops.backends`), for finding the nearest.
 
     Shape:
         - x ``(B, N, 3)``, y ``(B, M, 3)``; returns ``()``, or ``(B,)`` with ``reduction='none'``.
 
     Raises:
         TypeError, ValueError: other shapes, an empty set or batch, coordinates that are not finite (looked at on a CPU
-            only), an unknown ``norm`` or ``reduction``.
+            only), an unknown ``norm``, ``reduction`` or ``backend``, or one that cannot do it.
+        ImportError: a backend that is not installed.
     """
     for name, value, valid in (('norm', norm, NORMS), ('reduction', reduction, REDUCTIONS)):
         if value not in valid:
             raise ValueError(f'chamfer_distance: {name}={value!r}; {nearest_names(value, valid)}')
     x, y = _checked(x, y)
-    ways = [_to_nearest(x, y), _to_nearest(y, x)]  # (B, N, 3), (B, M, 3)
+    ways = [_to_nearest(x, y, backend), _to_nearest(y, x, backend)]  # (B, N, 3), (B, M, 3)
     if norm == 'l1':  # the norm's gradient at 0 is defined, that of a root is not
         there, back = (torch.linalg.vector_norm(way, dim=-1).mean(1) for way in ways)
         distance = (there + back) / 2
@@ -51,7 +54,7 @@ def chamfer_distance(x: Tensor, y: Tensor, norm: str = 'l2', reduction: str = 'm
     return distance.mean() if reduction == 'mean' else distance
 
 
-def nearest_squared(x: Tensor, y: Tensor) -> Tensor:
+def nearest_squared(x: Tensor, y: Tensor, backend: str = 'auto') -> Tensor:
     """The squared distance of each point of ``x`` to the nearest of ``y``, differentiable with respect to both.
 
     Shape:
@@ -60,7 +63,7 @@ def nearest_squared(x: Tensor, y: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: as :func:`chamfer_distance`.
     """
-    return _to_nearest(*_checked(x, y)).square().sum(-1)
+    return _to_nearest(*_checked(x, y), backend).square().sum(-1)
 
 
 def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,16 +78,19 @@ def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
-def _to_nearest(x: Tensor, y: Tensor) -> Tensor:
+def _to_nearest(x: Tensor, y: Tensor, backend: str) -> Tensor:
     """``(B, N, 3)``: what separates each point of ``x`` from the nearest of ``y``."""
     with torch.no_grad():
         search = _nearest_op if torch.compiler.is_compiling() else _nearest
-        index = search(x.detach(), y.detach())
+        index = search(x.detach(), y.detach(), backend)
     return x - gather(y, index)
 
 
-def _nearest(x: Tensor, y: Tensor) -> Tensor:
+def _nearest(x: Tensor, y: Tensor, backend: str = 'auto') -> Tensor:
     """``(B, N)``: the index of the nearest point of ``y`` for each of ``x``."""
+    module = backends.pytorch3d_for(backend, x, y)
+    if module is not None:
+        return backends.nearest(module, x, y)
     on_cpu = x.device.type == 'cpu'
     if on_cpu and min(x.shape[1], y.shape[1]) >= TREE_POINTS and tree_class() is not None:
         return search_trees(_search_nearest, x, y, 1).squeeze(-1)
@@ -111,10 +117,10 @@ def _search_nearest(x: np.ndarray, y: np.ndarray, found: np.ndarray, workers: in
 
 
 @torch.library.custom_op('ewa3d::nearest', mutates_args=())
-def _nearest_op(x: Tensor, y: Tensor) -> Tensor:
-    return _nearest(x, y)
+def _nearest_op(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    return _nearest(x, y, backend)
 
 
 @_nearest_op.register_fake
-def _(x, y):
+def _(x, y, backend):
     return x.new_empty(x.shape[:2], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Operators on point sets: farthest point sampling, nearest neighbours, gathering.
+"""Operators on point sets: nearest neighbours, gathering; what all operators on points share.
 
 Every function takes a batch of clouds on any device and needs torch alone. On a CPU the inner selections use numpy and,
 where it is installed, scipy, whose ``argmax``, ``partition`` and k-d tree are several times faster than torch's; the
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ewa3d.checks import check_integer
+from ewa3d.ops import backends
 
-__all__ = ['fps', 'knn', 'gather', 'check_points']
+__all__ = ['knn', 'neighbours', 'gather', 'check_points']
 
-ORIGIN_RADIUS2 = 1e-3  # the published kernels never pick a point with a squared norm up to this
 TREE_POINTS, TREE_QUERIES = 2048, 64  # from these sizes on a k-d tree costs less than comparing every pair
 CHUNK = 1 << 17  # distances held at a time on a CPU: what stays in the cache
 DEVICE_CHUNK = 1 << 26  # and elsewhere: half a GiB
@@ -43,123 +43,25 @@ def check_points(points: Tensor, name: str = 'points') -> None:
             raise ValueError(f'{name} has NaN or infinite coordinates in sample(s) {bad} of the batch')
 
 
-def fps(points: Tensor, num: int, start: int | Tensor = 0, skip_origin: bool = False,
-        lengths: Tensor | None = None) -> Tensor:
-    """Farthest point sampling: each pick is the point farthest from all picks before it.
-
-    The picks have the prefix property: the first ``m`` of them are the picks for ``num=m``. Equal distances go to the
-    lowest index. Distances are computed in the dtype of ``points`` (half precision: in float32).
-
-    Args:
-        num: how many points to pick, at most ``N``.
-        start: index of the first pick, one for all clouds or ``(B,)``.
-        skip_origin: after the start, ignore points with a squared norm of at most 1e-3, as the CUDA kernel of
-            Pointnet2_PyTorch does, which Point-MAE and Point-BERT were trained with. Where no other point is left,
-            index 0 is picked again, as there.
-        lengths: ``(B,)`` points that count in each cloud; the rest is padding.
-
-    Shape:
-        - points: ``(B, N, 3)``; returns ``(B, num)`` int64.
-
-    Raises:
-        ValueError: fewer points than ``num``, an impossible ``start``, no cloud, coordinates that are not finite.
-        TypeError: ``num`` or ``start`` is no integer.
-    """
-    check_points(points)
-    B, N, _ = points.shape
-    if not _tracing():
-        num = check_integer('fps: num', num, 1)
-        if not B:
-            raise ValueError('fps: the batch is empty (B=0)')
-    if not 1 <= num <= N:
-        raise ValueError(f'fps: num={num} points cannot be picked from N={N}')
-    if lengths is not None:
-        lengths = torch.as_tensor(lengths, device=points.device)
-        if lengths.shape != (B,):
-            raise ValueError(f'fps: lengths must have the shape ({B},), got {tuple(lengths.shape)}')
-        if not _tracing() and (lengths.min() < num or lengths.max() > N):
-            raise ValueError(f'fps: lengths must lie between num={num} and N={N}, got {lengths.tolist()}')
-    start = _starts(start, B, N, points.device)
-    with torch.no_grad():
-        points = _single(points.detach())
-        if skip_origin:
-            taking_part = points.double().square().sum(-1) > ORIGIN_RADIUS2
-        else:
-            taking_part = torch.ones(B, N, dtype=torch.bool, device=points.device)
-        if lengths is not None:
-            taking_part &= torch.arange(N, device=points.device) < lengths.unsqueeze(1)
-        nearest = points.new_full((B, N), float('inf')).masked_fill_(~taking_part, -float('inf'))
-        choose = _fps_op if _compiling() else _fps_functional if _tracing() else _fps
-        return choose(points, num, start, nearest)
-
-
-def _starts(start: int | Tensor, B: int, N: int, device: torch.device) -> Tensor:
-    """The index of the first pick in each cloud ``(B,)``; its values are looked at on a CPU only."""
-    if not isinstance(start, Tensor):
-        if check_integer('fps: start', start, 0) >= N:
-            raise ValueError(f'fps: start={start} is not an index into N={N} points')
-        return torch.full((B,), start, dtype=torch.int64, device=device)
-    if start.shape != (B,):
-        raise ValueError(f'fps: start must be one index or have the shape ({B},), got {tuple(start.shape)}')
-    if start.is_floating_point() or start.dtype == torch.bool:
-        raise TypeError(f'fps: start must hold integers, got {start.dtype}')
-    if start.device.type == 'cpu' and not _tracing() and bool(((start < 0) | (start >= N)).any()):
-        raise ValueError(f'fps: start={start.tolist()} are not all indices into N={N} points')
-    return start.to(device, torch.int64)
-
-
-def _fps(points: Tensor, num: int, start: Tensor, nearest: Tensor) -> Tensor:
-    """The loop of :func:`fps` in place on contiguous x, y, z; ``nearest`` are the squared distances ``(B, N)`` to the
-    picks so far, -inf for points that take no part.
-
-    Products and sums are separate operations: fused ones round differently in the vectorised part of a row and in
-    its rest, and then equal points would not have equal distances.
-    """
-    axes = [points[..., i].contiguous() for i in range(3)]
-    nearest = nearest.clone()
-    distance, term = torch.empty_like(nearest), torch.empty_like(nearest)
-    as_numpy = nearest.numpy() if nearest.device.type == 'cpu' else None
-    picks = torch.empty(len(points), num, dtype=torch.int64, device=points.device)
-    pick = start.unsqueeze(1)
-    for i in range(num):
-        if i:
-            pick = nearest.argmax(1, keepdim=True) if as_numpy is None else \
-                torch.from_numpy(as_numpy.argmax(1)).unsqueeze(1)
-        picks[:, i:i + 1] = pick
-        torch.sub(axes[0], axes[0].gather(1, pick), out=distance)
-        distance.mul_(distance)
-        for axis in axes[1:]:
-            torch.sub(axis, axis.gather(1, pick), out=term)
-            distance.add_(term.mul_(term))
-        torch.minimum(nearest, distance, out=nearest)
-    return picks
-
-
-def _fps_functional(points: Tensor, num: int, start: Tensor, nearest: Tensor) -> Tensor:
-    """:func:`_fps` without side effects, for ``torch.export``."""
-    picks = [start.unsqueeze(1)]
-    for _ in range(num - 1):
-        x, y, z = (points - gather(points, picks[-1])).square().unbind(-1)
-        nearest = torch.minimum(nearest, x + y + z)
-        picks.append(nearest.argmax(1, keepdim=True))
-    return torch.cat(picks, 1)
-
-
-def knn(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def knn(query: Tensor, points: Tensor, k: int, backend: str = 'auto') -> tuple[Tensor, Tensor]:
     """The ``k`` nearest points of each query, nearest first; equal distances go to the lowest index.
 
     The order is that of the distances in float64, formed from differences: no matrix product, which loses recall on
     clouds far from the origin. (Distances that agree to about ten digits count as equal.) The squared distances are
     differentiable with respect to both inputs.
 
+    Args:
+        backend: ``'auto'``, ``'torch'`` or ``'pytorch3d'`` (:mod:`ewa3d.ops.backends`).
+
     Shape:
         - query ``(B, M, 3)``, points ``(B, N, 3)``.
         - returns squared distances ``(B, M, k)`` in the dtype of ``points`` and indices ``(B, M, k)`` int64.
 
     Raises:
-        ValueError: ``k`` larger than ``N``, coordinates that are not finite, shapes that do not fit.
+        ValueError: ``k`` larger than ``N``, coordinates that are not finite, shapes that do not fit, a backend that
+            does not exist or cannot do it. ImportError: a backend that is not installed.
     """
-    idx = neighbours(query, points, k)
+    idx = neighbours(query, points, k, backend)
     if _tracing():
         return _distances(query, points, idx), idx
     limit = 2 * CHUNK if points.device.type == 'cpu' else DEVICE_CHUNK
@@ -173,7 +75,7 @@ def _distances(query: Tensor, points: Tensor, idx: Tensor) -> Tensor:
     return difference.square().sum(-1).to(points.dtype)
 
 
-def neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
+def neighbours(query: Tensor, points: Tensor, k: int, backend: str = 'auto') -> Tensor:
     """The indices that :func:`knn` returns, without the distances."""
     check_points(points)
     check_points(query, 'query')
@@ -184,11 +86,16 @@ def neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
     if not 1 <= k <= points.shape[1]:
         raise ValueError(f'knn: k={k} neighbours cannot be found among N={points.shape[1]} points')
     with torch.no_grad():
-        return (_neighbours_op if _compiling() else _neighbours)(query.detach(), points.detach(), k)
+        return (_neighbours_op if _compiling() else _neighbours)(query.detach(), points.detach(), k, backend)
 
 
-def _neighbours(query: Tensor, points: Tensor, k: int) -> Tensor:
-    if points.device.type != 'cpu' or _tracing():
+def _neighbours(query: Tensor, points: Tensor, k: int, backend: str) -> Tensor:
+    if _tracing():
+        return _by_topk(query, points, k)
+    module = backends.pytorch3d_for(backend, query, points)
+    if module is not None:
+        return backends.neighbours(module, query, points, k)
+    if points.device.type != 'cpu':
         return _by_topk(query, points, k)
     if points.shape[1] >= TREE_POINTS and query.shape[1] >= TREE_QUERIES and tree_class() is not None:
         return search_trees(_search_tree, query, points, k)
@@ -201,17 +108,21 @@ def _index_mask(N: int) -> int:
 
 
 def _ranked_keys(query: Tensor, points: Tensor) -> Tensor:
-    """``(..., M, N)`` integers that sort by distance, then by index.
+    """:func:`_keys` of every query and every point, ``(..., M, N)``."""
+    N = points.shape[-2]
+    return _keys(query.unsqueeze(-2), points.unsqueeze(-3), torch.arange(N, device=points.device), N)
+
+
+def _keys(query: Tensor, points: Tensor, index: Tensor, N: int) -> Tensor:
+    """Integers that sort by distance, then by index, which is below ``N``.
 
     Non-negative doubles sort like their bit patterns; the index replaces the lowest bits.
     """
-    axes = [(query[..., i].double().unsqueeze(-1), points[..., i].double().unsqueeze(-2)) for i in range(3)]
+    axes = [(query[..., i].double(), points[..., i].double()) for i in range(3)]
     distance = (axes[0][0] - axes[0][1]).square_()
     term = torch.empty_like(distance)
     for q, p in axes[1:]:
         distance.add_(torch.sub(q, p, out=term).square_())
-    N = points.shape[-2]
-    index = torch.arange(N, device=points.device)
     return distance.view(torch.int64).bitwise_and_(~_index_mask(N)).bitwise_or_(index)
 
 
@@ -319,21 +230,11 @@ def _compiling() -> bool:
     return torch.compiler.is_compiling() and not exporting()
 
 
-@torch.library.custom_op('ewa3d::fps', mutates_args=())
-def _fps_op(points: Tensor, num: int, start: Tensor, nearest: Tensor) -> Tensor:
-    return _fps(points, num, start, nearest)
-
-
-@_fps_op.register_fake
-def _(points, num, start, nearest):
-    return points.new_empty(points.shape[0], num, dtype=torch.int64)
-
-
 @torch.library.custom_op('ewa3d::neighbours', mutates_args=())
-def _neighbours_op(query: Tensor, points: Tensor, k: int) -> Tensor:
-    return _neighbours(query, points, k)
+def _neighbours_op(query: Tensor, points: Tensor, k: int, backend: str) -> Tensor:
+    return _neighbours(query, points, k, backend)
 
 
 @_neighbours_op.register_fake
-def _(query, points, k):
+def _(query, points, k, backend):
     return query.new_empty(*query.shape[:2], k, dtype=torch.int64)
