@@ -260,6 +260,10 @@ def test_blocks_and_layers_that_cannot_be():
         RePaFFN(4, 8, norm_layer=nn.LayerNorm)
     with pytest.raises(ValueError, match='one width'):
         fold(RePaFFN(4, 8, 5), shortcut=True)
+    ffn = RePaFFN(4, 8).eval()
+    ffn.fc1 = nn.Sequential(ffn.fc1)
+    with pytest.raises(TypeError, match='folds where its layers are linear; one is a Sequential'):
+        fold(ffn)
     with pytest.raises(ValueError, match='without running statistics'):
         fold(RePaFFN(4, 8), nn.BatchNorm1d(4, track_running_stats=False))
 

@@ -276,12 +276,14 @@ def fold(ffn: RePaFFN, norm: nn.modules.batchnorm._BatchNorm | None = None, scal
     """A channel-idle FFN in eval mode as three linear maps; the products are taken in float64.
 
     Args:
-        ffn: the FFN. norm: a batch norm before it. scale: a factor for each output channel. shortcut: add the input.
+        ffn: the FFN; layers of it that fuse to linear ones (adapters) are fused first. norm: a batch norm before it.
+        scale: a factor for each output channel. shortcut: add the input.
 
     Raises:
-        ValueError: a batch norm without running statistics, a shortcut between different widths.
+        TypeError: a layer that is no linear one. ValueError: a batch norm without running statistics, a shortcut
+            between different widths.
     """
-    fc1, fc2, act = ffn.fc1, ffn.fc2, ffn.act
+    fc1, fc2, act = _linear(ffn.fc1), _linear(ffn.fc2), ffn.act
     if shortcut and fc1.in_features != fc2.out_features:
         raise ValueError(f'a shortcut needs one width, the FFN maps {fc1.in_features} to {fc2.out_features}')
     first, first_bias = _after_norm(fc1, norm)
@@ -304,6 +306,14 @@ def fold(ffn: RePaFFN, norm: nn.modules.batchnorm._BatchNorm | None = None, scal
         parameter.copy_(values[name])
         parameter.requires_grad_(fc1.weight.requires_grad)
     return folded.train(ffn.training)
+
+
+def _linear(layer: nn.Module) -> nn.Linear:
+    """A layer of the FFN as the linear one that it fuses to."""
+    fused = layer.fuse() if isinstance(layer, Reparam) else layer
+    if type(fused).forward is not nn.Linear.forward:
+        raise TypeError(f'a channel-idle FFN folds where its layers are linear; one is a {type(layer).__name__}')
+    return fused
 
 
 def _after_norm(linear: nn.Linear, norm) -> tuple[Tensor, Tensor]:
