@@ -207,6 +207,14 @@ def test_active_channels_as_computed_in_double_precision():
     assert [active_channels(8, r) for r in (0, 0.5, 1)] == [8, 4, 0]
 
 
+def test_one_token_has_no_statistics():
+    block = RePaFFN.expand(make_block()).train()
+    with pytest.raises(ValueError, match=r'statistics need more than one token, got \(1, 1, 8\)'):
+        block(torch.randn(1, 1, 8, dtype=torch.float64))
+    assert block.eval()(torch.randn(1, 1, 8, dtype=torch.float64)).isfinite().all()
+    assert block.train()(torch.randn(2, 1, 8, dtype=torch.float64)).isfinite().all()
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 def test_folding_in_training_mode():
     for module in (RePaFFN(4, 8), RePaFFN(4, 8, norm='batch'), RePaFFN.expand(Block(8, 2))):
