@@ -47,6 +47,14 @@ class Reparam(nn.Module):
         return cfg
 
     @classmethod
+    def check_place(cls, plain: nn.Module, around: list[nn.Module]) -> None:
+        """Raise where ``plain`` stands in a place in which this class would not do what it is for.
+
+        Args:
+            around: the modules that hold it, the nearest first.
+        """
+
+    @classmethod
     def expand(cls, plain: nn.Module, **cfg) -> 'Reparam':
         """The training form of ``plain``, starting from its weights; ``plain`` itself is left as it was.
 
@@ -131,7 +139,7 @@ def expand(model: nn.Module, rules: dict | Iterable[dict]) -> Report:
         ValueError: a rule matches nothing, or a module that an earlier rule replaced; the model is wrapped or sharded.
         Whatever the class's ``expand`` raises, with the rule and the module in front of the message.
     """
-    _refuse_wrapped(model, 'expand')
+    refuse_wrapped(model, 'expand')
     rules = [rules] if isinstance(rules, dict) else list(rules)
     parsed = [_parse_rule(rule, number) for number, rule in enumerate(rules)]
     before, rows = count_params(model), {}
@@ -140,7 +148,7 @@ def expand(model: nn.Module, rules: dict | Iterable[dict]) -> Report:
             chosen = _select(model, rule)
             for position, (name, plain) in enumerate(chosen):
                 _refuse_fused_kernel(model, name, plain)
-                new = _expand(name, plain, rule, position, len(chosen))
+                new = _expand(model, name, plain, rule, position, len(chosen))
                 _refuse_untied(model, name, plain, new)
                 undo.callback(replace(model, plain, new))
                 first = rows.get(name)
@@ -166,7 +174,7 @@ def fuse(model: nn.Module) -> Report:
         ValueError: ``model`` is itself a Reparam (use its ``fuse()``), or is wrapped by DDP, FSDP or ``torch.compile``,
             or its parameters are sharded.
     """
-    _refuse_wrapped(model, 'fuse')
+    refuse_wrapped(model, 'fuse')
     if isinstance(model, Reparam):
         raise ValueError(f'fuse() works on the modules inside a model, and {type(model).__name__} is itself one that '
                          f'fuses: use `model = model.fuse()`')
@@ -278,8 +286,10 @@ def _select(model: nn.Module, rule: _Rule) -> list[tuple[str, nn.Module]]:
     return chosen
 
 
-def _expand(name: str, plain: nn.Module, rule: _Rule, position: int, total: int) -> nn.Module:
+def _expand(model: nn.Module, name: str, plain: nn.Module, rule: _Rule, position: int, total: int) -> nn.Module:
     try:
+        for around in _places(model, plain):
+            rule.cls.check_place(plain, around)
         new = rule.cls.expand(plain, **rule.cls.at_depth(rule.cfg, position, total))
     except Exception as error:
         if error.args and isinstance(error.args[0], str):  # the same exception, so that its type and attributes stay
@@ -288,6 +298,14 @@ def _expand(name: str, plain: nn.Module, rule: _Rule, position: int, total: int)
     if not isinstance(new, (Reparam, Fused)):
         raise TypeError(f'{rule.where}: {name!r}: expand() returned {type(new).__name__}, not a Reparam')
     return new
+
+
+def _places(model: nn.Module, module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Of every place of ``module``: the modules that hold it, the nearest first."""
+    for name, found in list(model.named_modules(remove_duplicate=False)):
+        if found is module:
+            parts = name.split('.')
+            yield [model.get_submodule('.'.join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1)]
 
 
 def _nearby(pattern: str, names: Iterable[str]) -> str:
@@ -370,7 +388,7 @@ def _next_reparam(model: nn.Module, kept: set) -> tuple[str, Reparam] | None:
     return None
 
 
-def _refuse_wrapped(model: nn.Module, action: str) -> None:
+def refuse_wrapped(model: nn.Module, action: str) -> None:
     """DDP, FSDP and compiled wrappers hold on to the parameters or the code that is about to change."""
     for name, module in model.named_modules():
         inner = wrapped_attribute(module)

@@ -182,3 +182,32 @@ def test_frozen_weights_stay_as_they_are():
     state = model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in before.items())
     assert any(state[key].any() for key in state if 'adapter.up' in key)
+
+
+@pytest.mark.parametrize(('name', 'options'), [
+    ('beit', dict(init_values=0.1, use_abs_pos_emb=True)), ('eva', dict(qkv_fused=True)), ('swin_transformer_v2', {})])
+def test_layers_whose_weight_is_read_instead_of_called_are_refused(name, options):
+    """An adapter there would learn nothing: the attention puts biases of its own beside the weight."""
+    timm = pytest.importorskip('timm')
+    module = getattr(timm.models, name)
+    make = dict(beit=lambda: module.Beit, eva=lambda: module.Eva, swin_transformer_v2=lambda: module.SwinTransformerV2)
+    size = dict(img_size=16, patch_size=4, num_classes=2)
+    small = dict(depths=(1,), num_heads=(2,), embed_dim=8, window_size=2) if name == 'swin_transformer_v2' else \
+        dict(depth=1, num_heads=2, embed_dim=16)
+    model = make[name]()(**size, **small, **options)
+    at = 'layers.*.blocks.*.attn' if name == 'swin_transformer_v2' else 'blocks.*.attn'
+    with pytest.raises(ValueError, match=r'attn\.qkv.*reads the weight of this layer beside q_bias and v_bias'):
+        expand(model, dict(type='LinearAdapter', at=f'{at}.qkv'))
+    expand(model, dict(type='LinearAdapter', at=f'{at}.proj', position='after'))
+    model.train()(torch.randn(2, 3, 16, 16)).square().mean().backward()
+    adapters = [m for m in model.modules() if isinstance(m, LinearAdapter)]
+    assert adapters and all(m.adapter.up.weight.grad is not None for m in adapters)
+
+
+def test_an_attention_without_biases_of_its_own_is_no_obstacle():
+    timm = pytest.importorskip('timm')
+    model = timm.models.beit.Beit(img_size=16, patch_size=4, depth=1, num_heads=2, embed_dim=16, num_classes=2,
+                                  qkv_bias=False)
+    expand(model, dict(type='LinearAdapter', at='blocks.*.attn.qkv'))
+    model.train()(torch.randn(2, 3, 16, 16)).square().mean().backward()
+    assert model.blocks[0].attn.qkv.adapter.up.weight.grad.abs().sum() > 0

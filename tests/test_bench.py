@@ -131,6 +131,15 @@ def test_quick_suite_runs_and_writes_its_numbers(suite, tmp_path, capsys):
     assert suite in ('ops', 'data') or {case.rsplit(', ', 1)[1] for case in cases} == {'fp32', 'bf16'}
 
 
+def test_mixers_are_measured_from_64_to_16k_tokens():
+    """In every case there are attention, S4D and S4."""
+    from ewa3d.bench import mixers
+    found = {case.name: set(case.variants) for case in mixers.cases(Settings())}
+    lengths = {name.split('×')[1].split()[0] for name in found}
+    assert lengths == {'64', '256', '1024', '4096', '16384'} and len(found) == 5 * 2 * 2
+    assert all({'attention', 'S4D', 'S4, two directions'} <= variants for variants in found.values())
+
+
 def test_the_script_lists_its_suites():
     done = subprocess.run([sys.executable, 'tools/bench.py', '--help'], cwd=REPO, capture_output=True, text=True,
                           env={**os.environ, 'PYTHONPATH': str(REPO)})

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ewa3d.layers import block as module
 from ewa3d.layers.block import Attention, Block, DropPath, Mlp, Pointwise, attend, pointwise
 
 
@@ -48,6 +49,19 @@ def test_attend_in_low_precision_equals_the_kernel():
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
     for a, b in zip(torch.autograd.grad((out * weight).sum(), (q, k, v)), grads):
         torch.testing.assert_close(a.float(), b, atol=3e-2, rtol=3e-2)
+
+
+def test_attend_leaves_long_sequences_to_the_kernel(monkeypatch):
+    """Weights that would take more memory than is worth it are not written out."""
+    q, k, v = (torch.randn(2, 3, 6, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    seen, kernel = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(module.F, 'scaled_dot_product_attention', lambda *a, **o: seen.append(1) or kernel(*a, **o))
+    monkeypatch.setattr(module, 'WRITTEN_OUT', 2 * 3 * 6 * 6)
+    written = attend(q, k, v)
+    assert not seen
+    monkeypatch.setattr(module, 'WRITTEN_OUT', 2 * 3 * 6 * 6 - 1)
+    torch.testing.assert_close(attend(q, k, v), written, atol=3e-2, rtol=3e-2)
+    assert seen
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])

@@ -31,10 +31,10 @@ def write_frames(folder, count: int, size=(12, 16), name='img_{:05d}.png'):
     return folder
 
 
-def write_video(path, count: int, size=(48, 64), fourcc: str = 'MJPG'):
+def write_video(path, count: int, size=(48, 64), fourcc: str = 'MJPG', fps: int = 10):
     """A video of plain frames, red = 10 · number."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), 10, size[::-1])
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size[::-1])
     if not writer.isOpened():
         pytest.skip(f'this OpenCV does not write {fourcc}')
     for i in range(count):
@@ -138,6 +138,37 @@ def test_a_container_that_says_too_much(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'a\.avi: the video ends after 12 frames, its container says 16'):
         read_frames(path, [15])
     assert len(read_frames(path, [5])) == 1  # what is there is read
+
+
+@pytest.mark.parametrize('kind', ['mjpeg', 'mpg'])
+def test_streams_that_do_not_say_how_long_they_are(tmp_path, kind):
+    """Raw JPEGs one after another, and MPEG program streams: frames are counted by decoding them, once."""
+    path = tmp_path / f'a.{kind}'
+    if kind == 'mpg':
+        write_video(path, 30, fourcc='PIM1', fps=25)
+    else:
+        path.write_bytes(b''.join(cv2.imencode('.jpg', np.full((48, 64, 3), 8 * i, np.uint8))[1].tobytes()
+                                  for i in range(30)))
+    capture = cv2.VideoCapture(str(path))
+    there = 0
+    while capture.grab():
+        there += 1
+    assert there == 30 and int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) != 30
+    assert count_frames(path) == 30 and read_frames(path, [29, 0]).shape == (2, 48, 64, 3)
+    if kind == 'mjpeg':
+        np.testing.assert_allclose(read_frames(path, [29, 0, 10]).mean((1, 2, 3)), [232, 0, 80], atol=4)
+    with pytest.raises(ValueError, match='has 30 frames, number 30 was asked for'):
+        read_frames(path, [30])
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])  # another file under the same name
+    left = count_frames(path)
+    assert 1 <= left < 30 and len(read_frames(path, [left - 1])) == 1
+
+
+def test_containers_are_not_decoded_to_count(tmp_path, monkeypatch):
+    path = write_video(tmp_path / 'a.avi', 12)
+    from ewa3d.datasets import clips
+    monkeypatch.setattr(clips, '_decodable', lambda *args: pytest.fail('decoded'))
+    assert count_frames(path) == 12
 
 
 def test_numbers_outside(tmp_path):

@@ -49,9 +49,10 @@ def batches_of(cfg: Config, points: int | None = None) -> list[dict]:
     """What a step is taken on: two generated samples of each kind that the model takes."""
     shape, batches = image_shape(cfg.model.backbone) if 'backbone' in cfg.model else None, []
     samples = [Sample(gt_label=torch.tensor(i)) for i in range(2)]
-    if shape is not None and clip_length(cfg.model.backbone) is not None:
-        clips = [torch.randn(clip_length(cfg.model.backbone), *shape) for _ in range(2)]
-        return [dict(inputs=dict(video=clips), data_samples=samples)]
+    frames = clip_length(cfg.model.backbone) if 'backbone' in cfg.model else None
+    if frames is not None:
+        key, shape = ('points', (points_of(cfg), 3)) if shape is None else ('video', shape)
+        return [dict(inputs={key: [torch.randn(frames, *shape) for _ in range(2)]}, data_samples=samples)]
     if shape is not None:
         batches.append(dict(inputs=dict(img=[torch.randn(shape) for _ in range(2)]), data_samples=samples))
     if shape is None or 'tasks' in cfg.model:
@@ -114,6 +115,84 @@ def test_official_recipes_have_the_official_numbers(leaf):
         assert variants == 3 * [leaf.rpartition('-')[2]]
     if 'pt_shapenet55' in leaf:
         assert dataset.get('whole', False) == ('bert' in leaf)
+
+
+def of_type(steps: list, kind: str) -> list:
+    return [step for step in steps if step.type == kind]
+
+
+# ZeroI2V: backbone, clips of how many processes make 64, frames and how they are drawn, epochs, heads that are shifted,
+# scale and dropout of the adapters, clips and squares of the test, label smoothing.
+K400 = dict(backbone='vit_base_patch16_clip_quickgelu_224', processes=8, frames=8, sampling=('dense', 16), epochs=40,
+            offsets=[-1, 1] + [0] * 10, scale=0.5, dropout=0.1, views=(3, 1), smoothing=0.)
+VIDEO = {
+    'zeroi2v_b_ft_k400-8x16': K400,
+    'zeroi2v_l_ft_k400-8x16': dict(K400, backbone='vit_large_patch14_clip_quickgelu_224',
+                                   offsets=[-1, -1, 1, 1] + [0] * 12),
+    'zeroi2v_b_ft_ucf101-8': dict(K400, processes=4, sampling=('uniform', 1), views=(1, 3)),
+    'zeroi2v_b_ft_ssv2-16': dict(K400, processes=16, frames=16, sampling=('uniform', 1), epochs=50, scale=1.,
+                                 dropout=0., offsets=[-1, 1, -2, 2] + [0] * 8, views=(1, 3), smoothing=0.1)}
+
+
+@pytest.mark.parametrize('leaf', VIDEO)
+def test_video_recipes_have_the_official_numbers(leaf):
+    cfg, wanted = Config.fromfile(CONFIGS / 'video' / f'{leaf}.py'), VIDEO[leaf]
+    train, test = (cfg[f'{split}_dataloader'].dataset.pipeline for split in ('train', 'test'))
+    load, views = of_type(train, 'LoadClip')[0], of_type(test, 'LoadClip')[0]
+    shift, *adapters = cfg.model.expand
+    assert dict(backbone=cfg.model.backbone.name, processes=64 // cfg.train_dataloader.batch_size,
+                frames=cfg.model.backbone.num_frames, epochs=cfg.train_cfg.max_epochs, offsets=shift.offsets,
+                sampling=(load.get('sampling', 'uniform'), load.get('interval', 1)), scale=adapters[0].scale,
+                dropout=adapters[0].dropout, views=(views.get('num_clips', 1), 3 if of_type(test, 'ThreeCrop') else 1),
+                smoothing=cfg.model.head.get('label_smoothing', 0.)) == wanted
+    assert load.clip_len == views.clip_len == wanted['frames'] and views.test
+    assert [(a.at.split('*.')[1], a.position) for a in adapters] == [
+        ('attn.qkv', 'before'), ('attn.proj', 'after'), ('mlp.fc1', 'before'), ('mlp.fc2', 'after')]
+    assert {(a.scale, a.dropout) for a in adapters} == {(wanted['scale'], wanted['dropout'])}
+    assert not any('ratio' in a or 'rank' in a for a in adapters)  # a quarter of the width
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 3e-4, 0.05)
+    schedule = cfg.param_scheduler
+    assert (schedule.warmup * wanted['epochs'], schedule.warmup_factor, schedule.eta_min) == (2.5, 0.1, 0)
+    steps = [step for t in of_type(train, 'ImageTransforms') for step in t.transforms]
+    augment, = (step for step in steps if step['name'] == 'RandAugment')
+    assert (augment['num_ops'], augment['magnitude'], cfg.model.head.dropout) == (4, 7, 0.5)
+    assert [step['p'] for step in steps if step['name'] == 'RandomErasing'] == [0.25] * ('ssv2' in leaf)
+    assert ('swap' in of_type(train, 'ClipFlip')[0]) == ('ssv2' in leaf)
+    assert set(cfg.model.trainable) == {'adapter', 'temporal_embed', 'backbone.norm.*', 'head'}
+
+
+def test_the_recipe_of_sequential_cifar_has_the_official_numbers():
+    cfg = Config.fromfile(CONFIGS / 'relatives' / 'pixels_s_scratch_cifar10_s4d.py')
+    backbone, rule, optimizer = cfg.model.backbone, cfg.model.expand[0], cfg.optim_wrapper.optimizer
+    assert (backbone.embed_dim, backbone.depth, backbone.dropout, backbone.img_size) == (128, 4, 0.1, 32)
+    assert (rule.type, rule.d_state, rule.bidirectional, rule.dropout, rule.length) == ('S4D', 64, False, 0.1, 1024)
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-2, 0.01)
+    assert (cfg.optim_wrapper.paramwise_cfg.ssm_lr, cfg.train_cfg.max_epochs) == (1e-3, 100)
+    assert cfg.model.neck.mode == 'mean'
+    assert (cfg.param_scheduler.warmup, cfg.param_scheduler.eta_min, cfg.train_dataloader.batch_size) == (0, 0, 64)
+    pack, = cfg.train_dataloader.dataset.pipeline
+    assert (pack.mean, pack.std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
+
+
+@pytest.mark.parametrize('size', ['small', 'base'])
+def test_the_recipe_of_deit_has_the_official_numbers(size):
+    cfg = Config.fromfile(CONFIGS / 'vit' / f'deit_{size[0]}_scratch_imagenet.py')
+    optimizer, schedule, mixing = cfg.optim_wrapper.optimizer, cfg.param_scheduler, cfg.model.data_preprocessor
+    assert (cfg.model.backbone.name, cfg.model.backbone.drop_path_rate) == (f'deit_{size}_patch16_224', 0.1)
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-3, 0.05)
+    assert (cfg.train_cfg.max_epochs, schedule.warmup * 300, schedule.eta_min) == (300, 5, 1e-5)
+    assert schedule.warmup_factor * optimizer.lr == pytest.approx(1e-6) and 'clip_grad' not in cfg.optim_wrapper
+    assert (mixing.mixup, mixing.cutmix, cfg.model.head.label_smoothing) == (0.8, 1.0, 0.1)
+    assert cfg.train_dataloader.sampler.repeats == 3 and cfg.train_dataloader.batch_size * 16 == 1024
+
+
+def test_the_point_classifier_with_state_spaces_is_like_pointmamba():
+    cfg = Config.fromfile(CONFIGS / 'relatives' / 'point-mae_xs_scratch_modelnet10-1k_s4d-two.py')
+    backbone = cfg.model.backbone
+    assert (backbone.pos, backbone.cls_token, cfg.model.neck.mode) == ('first', False, 'mean')
+    assert backbone.order == ['hilbert', 'hilbert-trans']
+    assert cfg.model.expand[0].length == 2 * backbone.tokenizer.num_groups
 
 
 @pytest.mark.parametrize('path', LEAVES, ids=name)

@@ -342,6 +342,26 @@ def test_to_dense_on_request():
         to_dense(model, 'core')
 
 
+def test_to_dense_of_a_mixture_itself_or_of_a_wrapped_model():
+    """There is nothing that it could be put into: an error, and nothing is reported as done."""
+    for cls in BOTH:
+        mixture = cls.expand(Mlp(12, 20))
+        with pytest.raises(ValueError, match=rf'{cls.__name__} is itself one.*model = model.to_dense'):
+            to_dense(mixture)
+    wrapped = nn.Sequential(nn.DataParallel(nn.Sequential(mixture)))
+    with pytest.raises(ValueError, match=r'to_dense\(\) needs the unwrapped model.*DataParallel'):
+        to_dense(wrapped)
+
+
+@pytest.mark.parametrize('cls', BOTH)
+@pytest.mark.parametrize(('num_experts', 'top_k'), [(8, 1), (8, 2), (16, 2)])
+def test_it_starts_as_the_plain_ffn_however_uneven_the_load(cls, num_experts, top_k):
+    plain = Mlp(12, 20).double().eval()
+    module = cls.expand(plain, num_experts=num_experts, top_k=top_k)
+    x = torch.randn(12, dtype=torch.float64) + 0.01 * torch.randn(4, 25, 12, dtype=torch.float64)  # to the same experts
+    torch.testing.assert_close(module(x), plain(x), rtol=0, atol=1e-12)
+
+
 def test_a_mixture_of_one_stage_starts_the_next(tmp_path):
     """RMoE's pipeline: dense weights into the core, then the mixture's into a mixture."""
     dense = task_model(dict(type='EWAFFN'))

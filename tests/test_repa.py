@@ -1,4 +1,5 @@
 """Channel-idle FFNs: folding is exact, by itself, inside EWA, in whole blocks; the published model's numbers."""
+import copy
 import math
 
 import pytest
@@ -173,6 +174,55 @@ def test_timm_blocks_and_timm_layers():
     assert type(own.blocks[0].mlp) is RePaFFN
 
 
+def test_swin_blocks():
+    """Windows, shifted ones too, are the block's own; its FFN branch folds with norm and shortcut."""
+    timm = pytest.importorskip('timm')
+
+    def make():
+        return timm.models.SwinTransformer(img_size=32, patch_size=4, embed_dim=8, depths=(2,), num_heads=(2,),
+                                           window_size=4, num_classes=3, drop_path_rate=0.1).double()
+
+    model, x = make(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert any(model.layers[0].blocks[1].shift_size)
+    plain = {key: value.clone() for key, value in model.state_dict().items()}
+    rules = [dict(type='RePaFFN', at='layers.*.blocks.*'),
+             dict(type='EWAFFN', at='layers.*.blocks.*.mlp', num_experts=2)]
+    half = model.layers[0].blocks[1]
+    expected = x.new_ones(1, 8, 8, 8).normal_()
+    expected = (expected, expected + half._attn(half.norm1(expected)))
+    expand(model, rules)
+    blocks = model.layers[0].blocks
+    torch.testing.assert_close(blocks[1].eval().first_half(expected[0], {}), expected[1])
+    found = model.load_state_dict(plain, strict=False)
+    assert not found.unexpected_keys and all('.norm' in key for key in found.missing_keys)
+    train_steps(model, x)
+    randomize(model)
+    before = model.eval()(x)
+    copied = copy.deepcopy(model)
+    report = fuse(model)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+    assert {row.after for row in report} == {'FoldedBlock'}
+    fuse(copied.float().double())  # buffers and children of the stand-in move along
+    torch.testing.assert_close(copied(x), before, rtol=1e-4, atol=1e-4)
+    twin = make()
+    expand(twin, dict(rules[0], fused=True))
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin.eval()(x), model(x))
+
+
+def test_blocks_that_need_more_are_told_what_else_there_is():
+    timm = pytest.importorskip('timm')
+    beit = timm.models.beit.Beit(img_size=16, patch_size=4, depth=1, num_heads=2, embed_dim=16, num_classes=2,
+                                 init_values=0.1, use_rel_pos_bias=True)
+    swin = timm.models.SwinTransformerV2(img_size=16, patch_size=4, embed_dim=8, depths=(1,), num_heads=(2,),
+                                         window_size=2, num_classes=2)
+    torch.nn.init.ones_(swin.layers[0].blocks[0].norm1.weight)
+    for model, at in ((beit, 'blocks.*'), (swin, 'layers.*.blocks.*')):
+        with pytest.raises(TypeError, match=r"(by itself|something else); .*name the block's mlp in the rule"):
+            expand(model, dict(type='RePaFFN', at=at))
+        expand(model, dict(type='RePaFFN', at=f'{at}.mlp'))
+
+
 def test_fused_weights_have_a_model():
     """What fuse writes is loaded by a config whose rule says fused=True."""
     rules = [dict(type='RePaFFN', at='*', last=1), dict(type='EWAFFN', at='1.mlp')]
@@ -205,6 +255,14 @@ def test_schedules():
 def test_active_channels_as_computed_in_double_precision():
     assert active_channels(160, 0.7) == 49
     assert [active_channels(8, r) for r in (0, 0.5, 1)] == [8, 4, 0]
+
+
+def test_one_token_has_no_statistics():
+    block = RePaFFN.expand(make_block()).train()
+    with pytest.raises(ValueError, match=r'statistics need more than one token, got \(1, 1, 8\)'):
+        block(torch.randn(1, 1, 8, dtype=torch.float64))
+    assert block.eval()(torch.randn(1, 1, 8, dtype=torch.float64)).isfinite().all()
+    assert block.train()(torch.randn(2, 1, 8, dtype=torch.float64)).isfinite().all()
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -260,6 +318,10 @@ def test_blocks_and_layers_that_cannot_be():
         RePaFFN(4, 8, norm_layer=nn.LayerNorm)
     with pytest.raises(ValueError, match='one width'):
         fold(RePaFFN(4, 8, 5), shortcut=True)
+    ffn = RePaFFN(4, 8).eval()
+    ffn.fc1 = nn.Sequential(ffn.fc1)
+    with pytest.raises(TypeError, match='folds where its layers are linear; one is a Sequential'):
+        fold(ffn)
     with pytest.raises(ValueError, match='without running statistics'):
         fold(RePaFFN(4, 8), nn.BatchNorm1d(4, track_running_stats=False))
 

@@ -10,6 +10,7 @@ from ewa3d.layers.serialize import (
     hilbert_decode,
     hilbert_encode,
     inverse_order,
+    random_order,
     z_decode,
     z_encode,
 )
@@ -107,8 +108,29 @@ def test_the_order_of_a_backbone():
     assert encoder(order=['hilbert', 'hilbert-trans'])(points).shape == (2, 13, 12)
 
 
+def test_a_random_order():
+    """In training a permutation of its own for each sample and call; in eval one that is always the same."""
+    coord = torch.rand(3, 40, 3)
+    one, two = random_order(coord, True), random_order(coord, True)
+    assert not torch.equal(one, two) and not torch.equal(one[0], one[1])
+    fixed = random_order(coord, False)
+    assert torch.equal(fixed, random_order(coord[:1], False).expand(3, -1)) and fixed.dtype == torch.int64
+    for order in (one, two, fixed):
+        assert torch.equal(order.sort(1).values, torch.arange(40).expand(3, -1))
+    distance = (fixed[0].diff().abs().double() > 1).double().mean()
+    assert distance > 0.8  # neighbours do not stay neighbours
+    model = encoder(order=['hilbert', 'random'], drop_path_rate=0.).eval()
+    points = torch.randn(2, 20, 3)
+    feats = model(points)
+    assert feats.shape == (2, 13, 12) and torch.equal(feats, model(points))
+    tokens, plain = model.tokenize(points), model.tokenizer(points)
+    assert torch.equal(tokens.coord[:, 6:], plain.coord[:, random_order(plain.coord, False)[0]])
+    model.train()
+    assert not torch.equal(model.tokenize(points).coord[:, 6:], model.tokenize(points).coord[:, 6:])
+
+
 @pytest.mark.parametrize(('order', 'error', 'message'), [
-    ('hilbrt', ValueError, "order='hilbrt': did you mean 'hilbert'"), ([], ValueError, 'at least one curve'),
+    ('hilbrt', ValueError, "order='hilbrt': did you mean 'hilbert'"), ([], ValueError, 'at least one order'),
     (['z', 'z'], ValueError, 'each once'), (3, TypeError, 'a name or a list of names'),
     (['z', 1], TypeError, 'a name or a list of names')])
 def test_unknown_orders(order, error, message):

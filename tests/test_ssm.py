@@ -337,6 +337,27 @@ def test_mistakes_in_use():
         mixer.step(torch.randn(3, 4), mixer.initial_state(2))
 
 
+@pytest.mark.parametrize(('name', 'wanted'), [('swin_transformer', 'mask'), ('swin_transformer_v2', 'mask'),
+                                              ('eva', 'rope'), ('beit', 'shared_rel_pos_bias')])
+def test_attentions_that_take_more_than_tokens(name, wanted):
+    timm = pytest.importorskip('timm')
+    module = getattr(timm.models, name)
+    if name.startswith('swin'):
+        attn = module.WindowAttention(8, num_heads=2, window_size=(2, 2))
+    else:
+        attn = module.EvaAttention(8, 2, norm_layer=nn.LayerNorm) if name == 'eva' else module.Attention(8, 2)
+    with pytest.raises(TypeError, match=rf"'0'.*called as attn\(x\); \w+ takes {wanted}"):
+        expand(nn.Sequential(attn), dict(type='S4D', at='0'))
+
+
+def test_options_of_an_attention_are_no_obstacle():
+    class Own(Attention):
+        def forward(self, x, return_weights=False, **kwargs):
+            return super().forward(x)
+
+    assert type(S4D.expand(Own(8, 2), d_state=4)) is S4D
+
+
 def test_mistakes_in_rules():
     model = nn.ModuleDict(dict(attn=Attention(8, 2), other=nn.MultiheadAttention(8, 2), norm=nn.LayerNorm(8),
                                mlp=Mlp(8)))

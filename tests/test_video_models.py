@@ -11,6 +11,7 @@ from ewa3d.fusing import clip_length, example_inputs, fuse_checkpoint, image_sha
 from ewa3d.layers.temporal import STDHA
 from ewa3d.layers.video_tokens import PointClipEmbed, VideoPatchEmbed
 from ewa3d.models.task import TaskModel
+from ewa3d.models.tasks import Task, features_by_task
 from ewa3d.models.video import ClipPool, I3DHead, TimmVideoBackbone
 from ewa3d.models.weights import load_plain
 from ewa3d.structures import Sample
@@ -135,6 +136,23 @@ def test_clips_of_clouds():
         assert torch.equal(one, other)  # the class token's time included
     with pytest.raises(ValueError, match=r'points must have the shape \(B, 3, N, C\)'):
         model(dict(points=clouds[:, :2]))
+
+
+def test_time_reaches_tasks_that_ask_for_blocks():
+    """What a neck gets that names blocks, and the one beside it, is what the backbone gives."""
+    class Blocks(nn.Module):
+        out_indices = (0, 1)
+
+        def forward(self, feats, coord, inputs):
+            return torch.stack(list(feats))
+
+    backbone = video_model(2).eval().backbone
+    nn.init.normal_(backbone.tokenizer.temporal_embed)
+    inputs = dict(video=torch.randn(2, 2, 3, 8, 8))
+    feats = features_by_task(backbone, dict(blocks=Task(Blocks(), nn.Identity(), None, 'a', 1.),
+                                            last=Task(None, nn.Identity(), None, 'b', 1.)), inputs)
+    assert torch.equal(feats['last'], backbone(inputs))
+    assert torch.equal(feats['blocks'], torch.stack(list(backbone(inputs, (0, 1)))))
 
 
 def test_views_are_averaged():

@@ -86,6 +86,30 @@ def test_damaged_videos_are_named(tmp_path):
             data[i]
 
 
+def test_damaged_videos_are_skipped_where_that_is_asked_for(tmp_path):
+    """Videos are opened and decoded to their end, folders frame by frame, before the first sample is asked for."""
+    whole = write_video(tmp_path / 'run' / 'a.avi', 60, size=(96, 128)).read_bytes()
+    (tmp_path / 'run' / 'cut.avi').write_bytes(whole[:2 * len(whole) // 3])
+    (tmp_path / 'run' / 'text.mp4').write_text('no video')
+    write_frames(tmp_path / 'run' / 'frames', 4)
+    for name in ('empty', 'broken', 'sizes'):
+        write_frames(tmp_path / 'run' / name, 0 if name == 'empty' else 3)
+    (tmp_path / 'run' / 'broken' / 'img_00003.png').write_bytes(b'no image')
+    write_frames(tmp_path / 'run' / 'sizes', 1, size=(8, 8))
+    data = VideoDataset(tmp_path, pipeline=CLIP, on_error='skip', max_skipped=0.8)
+    assert [name for _, name in data.ids] == ['run/a.avi', 'run/frames'] and len(data) == 2
+    assert [data[i]['inputs']['video'].shape[0] for i in range(2)] == [3, 3]
+    assert [path.rsplit('/', 1)[1] for path in data.skipped] == ['broken', 'cut.avi', 'empty', 'sizes', 'text.mp4']
+    with pytest.raises(ValueError, match=r'5 of 7 .*the first: .*img_00003\.png: the image does not decode'):
+        VideoDataset(tmp_path, on_error='skip')
+    (tmp_path / 'list.txt').write_text('run/a.avi 0\ngone.mp4 0\n')
+    assert VideoDataset(tmp_path, ann_file='list.txt', on_error='skip').skipped == [str(tmp_path / 'gone.mp4')]
+
+
+def test_generated_clips_are_all_readable():
+    assert MovingShapes(6, num_frames=2, on_error='skip').skipped == []
+
+
 def test_moving_shapes():
     data = MovingShapes(12, num_frames=5, size=16)
     assert data.labels == [0, 1, 2, 3, 4, 5] * 2 and len(data.metainfo['classes']) == 6

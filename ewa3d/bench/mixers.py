@@ -10,9 +10,6 @@ __all__ = ['cases']
 
 DIM, HEADS, STATES, TOKENS = 96, 4, 64, 16_384
 LENGTHS = (64, 256, 1024, 4096, 16_384)
-# Beyond these, a matrix of one number for every pair (of tokens, of states and frequencies) takes gigabytes: bf16
-# attention is written out in training on a CPU (see ``ewa3d.layers.block.attend``), and S4 has its Cauchy products.
-LARGEST_WRITTEN_OUT = LARGEST_S4 = 4096
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -28,11 +25,6 @@ def cases(settings: Settings) -> Iterator[Case]:
                     'S4D, two directions': dict(bidirectional=True), 'S4, two directions': dict(bidirectional=True)})
                 if mode == 'inference':
                     kinds['S4D, two directions, fused'] = dict(bidirectional=True, fused=True)
-                if length > LARGEST_S4:
-                    kinds.pop('S4, two directions')
-                if length > LARGEST_WRITTEN_OUT and mode == 'training' and dtype != 'fp32' \
-                        and settings.device.type == 'cpu':
-                    kinds.pop('attention')
                 yield Case(f'{mode}, {shape[0]}×{length} tokens, {dtype}', {
                     name: _mixer(settings, dtype, mode, shape, heads, states, name, options)
                     for name, options in kinds.items()}, memory=True)

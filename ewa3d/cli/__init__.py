@@ -33,9 +33,10 @@ COMMANDS = {  # verb → (module:function, what it does)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
-    0: done, or a training that SIGTERM ended once its checkpoint was written. 1: ``fuse`` or ``convert`` refuses to write, ``data check`` found something wrong, ``data prepare`` leaves
-    something to be done by hand. 2: bad input, told in one line. 3: anything else, with its traceback. 4: of several
-    processes, another one failed first. 130: interrupted.
+    0: done, or a training that SIGTERM ended once its checkpoint was written. 1: ``fuse`` or ``convert`` refuses to
+    write, ``data check`` found something wrong, ``data prepare`` leaves something to be done by hand. 2: bad input,
+    told in one line. 3: anything else, with its traceback. 4: of several processes, another one failed first. 130:
+    interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -9,6 +9,7 @@ from ewa3d.datasets.image_transforms import ImageTransforms, PackImage
 from ewa3d.datasets.images import CIFAR10, CIFAR100, Digits, ImageDataset, ImageFolder, ImageNet
 from ewa3d.datasets.mixed import MixedBatches, MixedDataset, MixedSampler
 from ewa3d.datasets.modelnet import ModelNet
+from ewa3d.datasets.moving_clouds import MovingClouds, PackClouds
 from ewa3d.datasets.parts import ShapeNetPart
 from ewa3d.datasets.repeated import RepeatedSampler
 from ewa3d.datasets.rooms import SyntheticScenes
@@ -37,4 +38,5 @@ __all__ = ['PointDataset', 'FewShot', 'FolderParts', 'FolderPointCloud', 'ModelN
            'SUNRGBDDetection', 'SyntheticScenes', 'AddHeight', 'PackBoxes', 'RandomCuboid', 'SceneFlip',
            'SceneRotate', 'SceneScale', 'CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset', 'ImageFolder', 'ImageNet',
            'ImageTransforms', 'PackImage', 'MixedBatches', 'MixedDataset', 'MixedSampler', 'RepeatedSampler',
-           'ClipFlip', 'LoadClip', 'PackClip', 'ThreeCrop', 'MovingShapes', 'VideoDataset', 'Batch', 'packed_collate']
+           'ClipFlip', 'LoadClip', 'PackClip', 'ThreeCrop', 'MovingClouds', 'MovingShapes', 'PackClouds', 'VideoDataset',
+           'Batch', 'packed_collate']

@@ -1,4 +1,5 @@
 """Frames of videos: which ones, and how they are read; the transforms of clips."""
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,17 +9,21 @@ import torch
 
 from ewa3d.checks import check_integer, check_number, is_integer
 from ewa3d.datasets.image_transforms import PackImage, label_sample
+from ewa3d.datasets.images import CHECK_SIZE, MOST_PIXELS, decode_image
 from ewa3d.datasets.images import EXTENSIONS as IMAGES
-from ewa3d.datasets.images import MOST_PIXELS, decode_image
 from ewa3d.datasets.transforms import rng_of
 from ewa3d.registry import TRANSFORMS
 
-__all__ = ['ClipFlip', 'LoadClip', 'PackClip', 'ThreeCrop', 'VIDEOS', 'count_frames', 'dense_frames', 'frame_files',
-           'read_frames', 'uniform_frames']
+__all__ = ['ClipFlip', 'LoadClip', 'PackClip', 'ThreeCrop', 'VIDEOS', 'check_decodes', 'count_frames', 'dense_frames',
+           'frame_files', 'read_frames', 'uniform_frames']
 
 VIDEOS = frozenset(('.mp4', '.avi', '.mkv', '.mov', '.webm', '.mpg', '.mpeg', '.m4v', '.wmv', '.flv', '.3gp'))
 # Containers estimate how many frames they hold from their length; a shortfall within this share is no damage.
 SLACK = 0.02
+# Containers whose count of frames, or length, is worth reading, by their first bytes: AVI, MP4 and its kin, Matroska,
+# Flash, ASF. What MPEG streams and raw ones are said to hold is a guess from their size.
+COUNTED = ((0, b'RIFF'), (4, b'ftyp'), (4, b'moov'), (4, b'mdat'), (4, b'free'), (4, b'wide'), (4, b'skip'),
+           (0, b'\x1aE\xdf\xa3'), (0, b'FLV'), (0, b'0&\xb2u'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,7 +76,8 @@ def frame_files(folder: str | Path, pattern: str = '*') -> list[Path]:
 
 
 def count_frames(path: str | Path, pattern: str = '*') -> int:
-    """How many frames a video has, as its container says, or a folder of frames holds.
+    """How many frames a video has, as its container says, or a folder of frames holds. A stream without a container
+    that says it is decoded to its end, once in a process.
 
     Raises:
         FileNotFoundError: there is neither. ValueError: it does not open, or has no frames.
@@ -167,13 +173,52 @@ def _opened(path: Path):
 
 def _claimed(capture, path: Path) -> int:
     import cv2
-    width, height, count = (int(capture.get(key)) for key in (
-        cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_COUNT))
+    width, height = (int(capture.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
     if width * height > MOST_PIXELS:
         raise ValueError(f'{path}: frames of {width} × {height} pixels, more than {MOST_PIXELS}')
+    count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    if not 1 <= count < 2 ** 31 or not _says_its_length(path):
+        status = path.stat()
+        count = _decodable(path, status.st_size, status.st_mtime_ns)
     if count < 1:
         raise ValueError(f'{path}: the video has no frames')
+    return int(count)
+
+
+def _says_its_length(path: Path) -> bool:
+    with path.open('rb') as file:
+        head = file.read(8)
+    return any(head[at:].startswith(mark) for at, mark in COUNTED)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _decodable(path: Path, size: int, changed: int) -> int:
+    """How many frames of a file are decoded until there is no further one; ``size`` and ``changed`` are the file's."""
+    capture, count = _opened(path), 0
+    try:
+        while capture.grab():
+            count += 1
+    finally:
+        capture.release()
     return count
+
+
+def check_decodes(path: str | Path, pattern: str = '*') -> None:
+    """Decode a video to its last frame, or every frame of a folder, and keep nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: what :func:`read_frames` would raise for one of its frames.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        read_frames(path, [count_frames(path) - 1])
+        return
+    shapes: dict[tuple, Path] = {}
+    for file in frame_files(path, pattern):
+        shapes.setdefault(decode_image(file, size=CHECK_SIZE).shape, file)
+    if len(shapes) > 1:
+        (one, first), (other, second) = list(shapes.items())[:2]
+        raise ValueError(f'{second}: this frame is {other[1]} × {other[0]}, {first.name} is {one[1]} × {one[0]}')
 
 
 def _resized(frame: np.ndarray, short_side: int | None) -> np.ndarray:

@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 
 from ewa3d.checks import check_integer, check_number
-from ewa3d.datasets.base import PointDataset, require_folder
-from ewa3d.datasets.clips import VIDEOS, check_video
+from ewa3d.datasets.base import DATA_ERRORS, PointDataset, require_folder
+from ewa3d.datasets.clips import VIDEOS, check_decodes, check_video
 from ewa3d.datasets.folder import Tree, wanted_classes
 from ewa3d.registry import DATASETS
 
@@ -33,6 +33,16 @@ class ClipDataset(PointDataset):
         elif 'path' not in results:
             raise KeyError(f"an entry of the data list needs 'video' or 'path', got {sorted(entry)}")
         return results
+
+    def _failure(self, index: int) -> str:
+        entry = self._data_list[index]
+        if 'path' not in entry:
+            return super()._failure(index)
+        try:
+            check_decodes(entry['path'], entry.get('frames', '*'))
+        except DATA_ERRORS as error:
+            return str(error)
+        return ''
 
     def _defaults(self, index: int) -> dict:
         return dict(index=index, rng=super()._defaults(index)['rng'])

@@ -32,8 +32,8 @@ from ewa3d.engine.intact import damage, find_intact_checkpoint
 from ewa3d.engine.interrupt import catch_signals
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
-from ewa3d.engine.plain import to_plain
 from ewa3d.engine.parallel import check_sync_bn, lr_ratio, scale_rates
+from ewa3d.engine.plain import to_plain
 from ewa3d.engine.ranks import process_group_timeout, together, watch
 from ewa3d.engine.reporting import close_displays, log_end, log_result, log_start
 from ewa3d.engine.sharding import FULLY_SHARD, gathered, shard, shared_out

@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
+from ewa3d.layers.channels import TokenBatchNorm
+from ewa3d.layers.experts import EWAFFN
 from ewa3d.registry import MODELS, nearest
 from ewa3d.reparam import Reparam
 
@@ -48,7 +50,7 @@ class LinearAdapter(Reparam):
 
     The layer keeps its names (``attn.qkv.weight``); the bottleneck is at ``attn.qkv.adapter``. ZeroI2V has four in a
     block: before ``attn.qkv`` and ``mlp.fc1``, after ``attn.proj`` and ``mlp.fc2``. The module around must call the
-    layer, not read its weight.
+    layer, not read its weight: attentions that put biases of their own there (timm's BEiT, EVA, Swin V2) are refused.
 
     In stacked experts (``mlp.fc1`` of an :class:`~ewa3d.layers.experts.EWAFFN`) each expert has a bottleneck, all equal
     at first; they are averaged with the experts, and the mean one is merged into the mean expert. An FFN whose layers
@@ -71,6 +73,24 @@ class LinearAdapter(Reparam):
                                     nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
         self.adapter = adapter
         self.train(plain.training)
+
+    @classmethod
+    def check_place(cls, plain: nn.Module, around: list[nn.Module]) -> None:
+        """Raise where the module around reads the layer's weight, or where training would refuse the adapter.
+
+        Raises:
+            ValueError: the ``qkv`` of an attention that keeps biases of queries and values by themselves; a layer of
+                EWA's experts with a batch norm of all tokens.
+        """
+        parent = around[0]
+        if getattr(parent, 'qkv', None) is plain and not getattr(parent, 'qkv_bias_separate', False) \
+                and any(getattr(parent, name, None) is not None for name in ('q_bias', 'v_bias')):
+            raise ValueError(f'{type(parent).__name__} reads the weight of this layer beside q_bias and v_bias instead '
+                             'of calling it, so that an adapter would learn nothing; its proj can have one')
+        for module in around:
+            if isinstance(module, EWAFFN) and any(isinstance(m, TokenBatchNorm) for m in module.modules()):
+                raise ValueError('experts that share a batch norm of all tokens run together, and adapters make each '
+                                 "run by itself: use RePaFFN's norm-free form with adapters")
 
     @classmethod
     def expand(cls, plain: nn.Module, position: str = 'before', rank: int | None = None, ratio: float = 0.25,

@@ -10,6 +10,7 @@ from ewa3d.checks import check_integer, check_number
 __all__ = ['Attention', 'Block', 'DropPath', 'LayerScale', 'Mlp', 'Pointwise', 'attend', 'init_vit',
            'pointwise']
 
+WRITTEN_OUT = 2 ** 28  # attention weights; half a gigabyte in half precision, and training keeps several of them
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -18,14 +19,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_
     """``scaled_dot_product_attention``, written out where torch's kernel is slow.
 
     On a CPU the kernel's backward in bf16 or fp16 costs five to nine times that of the plain products at the token
-    counts of point clouds (see the operator table of ``tools/bench.py``), so training in them takes the plain products.
+    counts of point clouds (see the operator table of ``tools/bench.py``), so training in them takes the plain products,
+    up to the token counts where their memory is what is dear.
 
     Shape:
         - q ``(B, heads, L, D)``, k and v ``(B, heads, S, D)``; returns ``(B, heads, L, D)``.
     """
     low_precision = q.dtype in (torch.bfloat16, torch.float16)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.device.type == 'cpu' and low_precision and needs_grad and attn_mask is None and not is_causal:
+    fits = q.shape[:-1].numel() * k.shape[-2] <= WRITTEN_OUT
+    if q.device.type == 'cpu' and low_precision and needs_grad and fits and attn_mask is None and not is_causal:
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)  # (B, heads, L, S)
         return F.dropout(weights, dropout_p, training=dropout_p > 0) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p)

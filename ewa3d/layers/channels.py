@@ -31,7 +31,13 @@ class TokenBatchNorm(nn.BatchNorm1d):
 
     Shape:
         - ``(..., C)``, kept.
+
+    Raises:
+        ValueError: in training, a single token, which has no statistics.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[-1]:
+            raise ValueError(f'{type(self).__name__}: in training, statistics need more than one token, got '
+                             f'{tuple(x.shape)}; use larger batches, or drop_last=True in the data loader')
         return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)

@@ -26,7 +26,7 @@ from ewa3d.layers.routing import (
 )
 from ewa3d.layers.stacked import Experts, StackedExperts, add_noise, check_choice, rows_like
 from ewa3d.registry import MODELS
-from ewa3d.reparam import Report, Row, count_params, replace
+from ewa3d.reparam import Report, Row, count_params, refuse_wrapped, replace
 
 __all__ = ['MoEFFN', 'RoutedFFN', 'begin_routing', 'routing_losses', 'routing_stats', 'to_dense']
 
@@ -179,7 +179,7 @@ class MoEFFN(RoutedFFN, StackedExperts):
 
     @classmethod
     def expand(cls, plain: nn.Module, num_experts: int = 4, top_k: int = 2, capacity_factor: float | None = 1.25,
-               eval_capacity_factor: float | None = 2., gate_mode: str = 'renorm', balance_weight: float = 0.01,
+               eval_capacity_factor: float | None = None, gate_mode: str = 'renorm', balance_weight: float = 0.01,
                z_weight: float = 0., init_noise_std: float = 0., in_features: int | None = None) -> 'MoEFFN':
         """Experts and a router from a plain FFN.
 
@@ -187,7 +187,8 @@ class MoEFFN(RoutedFFN, StackedExperts):
             plain: any module that maps tokens one by one, with at least one parameter.
             num_experts: E, at least 2. top_k: k, from 1 to E.
             capacity_factor, eval_capacity_factor: an expert has this times its share of the choices as slots; ``None``
-                drops nothing (and waits for the device to know the largest load).
+                drops nothing (and waits for the device to know the largest load). With a factor in eval, 2 being
+                usual, the plain function is kept as far as no expert overflows.
             gate_mode: ``'renorm'``, the gates of the k chosen sum to one, or ``'raw'``, the softmax over all experts.
                 With one expert a token, renormalised gates are constant: the router learns from its losses alone.
             balance_weight, z_weight: of the load-balance and the router z-loss (0.01 and 1e-3 are usual).
@@ -272,8 +273,13 @@ def to_dense(model: nn.Module, how: str = 'mean') -> Report:
         how: ``'mean'`` of the experts; ``'core'`` of a residual mixture drops the residuals.
 
     Raises:
-        ValueError: nothing is routed, or a mixture does not know ``how``.
+        ValueError: nothing is routed, or a mixture does not know ``how``; ``model`` is itself a mixture (use its
+            ``to_dense()``), or is wrapped by DDP, FSDP or ``torch.compile``.
     """
+    refuse_wrapped(model, 'to_dense')
+    if isinstance(model, RoutedFFN):
+        raise ValueError(f'to_dense() works on the mixtures inside a model, and {type(model).__name__} is itself one: '
+                         'use `model = model.to_dense()`')
     found = list(_routed(model))
     if not found:
         raise ValueError(f'{type(model).__name__} has no routed experts to make dense')

@@ -7,15 +7,16 @@ norm and a second one stands before ``fc2``, so that the norms and the shortcut 
 import copy
 import math
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.block import Mlp
 from ewa3d.layers.channels import ChannelIdle, TokenBatchNorm
-from ewa3d.layers.stacked import Experts, check_choice, is_mlp, is_pointwise
+from ewa3d.layers.folding import FoldedFFN, check_eval, fold
+from ewa3d.layers.repa_block import FoldedBlock, RePaBlock
+from ewa3d.layers.stacked import check_choice, is_mlp, is_pointwise
 from ewa3d.registry import MODELS
-from ewa3d.reparam import Fused, Reparam
+from ewa3d.reparam import Reparam
 
 __all__ = ['FoldedBlock', 'FoldedFFN', 'RePaBlock', 'RePaFFN', 'active_channels', 'fold', 'idle_ratios']
 
@@ -153,7 +154,7 @@ class RePaFFN(Reparam, Mlp):
         Raises:
             ValueError: in training mode, where batch statistics and dropout are something else.
         """
-        _check_eval(self)
+        check_eval(self)
         return fold(self)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -164,179 +165,6 @@ class RePaFFN(Reparam, Mlp):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class FoldedFFN(Fused):
-    """What a channel-idle FFN is after training: ``fc2(act(fc1(x))) + skip(x)``.
-
-    Args:
-        in_features, out_features: C and C'. active, hidden: how many of the hidden channels are activated. With none
-            only ``skip`` is left, and with all of them nothing is idle and there is no such map.
-        shortcut: ``x`` is added; part of ``skip`` where there is one.
-
-    Shape:
-        - ``(..., C)`` to ``(..., C')``.
-    """
-
-    def __init__(self, in_features: int, active: int, hidden: int, out_features: int, act: nn.Module,
-                 shortcut: bool = False, device=None, dtype=None):
-        super().__init__()
-        factory = dict(device=device, dtype=dtype)
-        whole = active == hidden
-        self.shortcut = shortcut and whole
-        self.fc1 = nn.Linear(in_features, active, **factory) if active else None
-        self.act = act
-        self.fc2 = nn.Linear(active, out_features, bias=whole, **factory) if active else None
-        self.skip = None if whole else nn.Linear(in_features, out_features, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fc1 is None:
-            return self.skip(x)
-        y = self.fc2(self.act(self.fc1(x)))
-        if self.skip is not None:
-            return y + self.skip(x)
-        return x + y if self.shortcut else y
-
-
-class RePaBlock(Reparam):
-    """A pre-norm block whose FFN branch can be folded with its norm and its shortcut.
-
-    ``norm2`` becomes a batch norm over tokens with the layer norm's weight and bias, the FFN a :class:`RePaFFN` with
-    one of its own. :class:`RePaFFN` makes it, by a rule that names blocks.
-
-    Args:
-        block: with ``norm1 attn norm2 mlp`` and, where it has them, ``ls1 ls2 drop_path1 drop_path2``.
-        mlp: its new FFN.
-
-    Shape:
-        - x ``(B, L, C)``, kept; options go to ``attn``.
-
-    Raises:
-        TypeError: a block that lacks one of these or computes something else.
-    """
-    preserves = False
-    has_fused_form = True
-
-    def __init__(self, block: nn.Module, mlp: RePaFFN):
-        super().__init__()
-        _check_block(block)
-        for name in ('norm1', 'attn', 'ls1', 'drop_path1'):
-            self.add_module(name, copy.deepcopy(getattr(block, name, None)) or nn.Identity())
-        weight = mlp.fc1.weight
-        self.norm2 = TokenBatchNorm(weight.shape[1], device=weight.device, dtype=weight.dtype)
-        old = block.norm2
-        for key in ('weight', 'bias'):
-            value, own = getattr(old, key, None), getattr(self.norm2, key)
-            if value is not None:
-                own.data.copy_(value.detach())
-                own.requires_grad_(value.requires_grad)
-        self.mlp = mlp
-        for name in ('ls2', 'drop_path2'):
-            self.add_module(name, copy.deepcopy(getattr(block, name, None)) or nn.Identity())
-
-    def forward(self, x: Tensor, **attn_options) -> Tensor:
-        x = _attention_half(self, x, attn_options)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-    def fuse(self) -> 'FoldedBlock':
-        """The block with three linear maps in place of norm, FFN and shortcut.
-
-        Raises:
-            ValueError: in training mode.
-        """
-        _check_eval(self)
-        mlp = self.mlp
-        while isinstance(mlp, Experts):
-            mlp = mlp.fuse()
-        return FoldedBlock(self, fold(mlp, self.norm2, getattr(self.ls2, 'gamma', None), shortcut=True))
-
-
-class FoldedBlock(Fused):
-    """A block whose FFN branch, shortcut included, is one :class:`FoldedFFN`.
-
-    Shape:
-        - ``(B, L, C)``, kept.
-    """
-
-    def __init__(self, block: RePaBlock, mlp: FoldedFFN):
-        super().__init__()
-        for name in ('norm1', 'attn', 'ls1', 'drop_path1'):
-            self.add_module(name, copy.deepcopy(getattr(block, name)))
-        self.mlp = mlp
-        self.train(block.training)
-
-    def forward(self, x: Tensor, **attn_options) -> Tensor:
-        return self.mlp(_attention_half(self, x, attn_options))
-
-
-def _attention_half(block: nn.Module, x: Tensor, options: dict) -> Tensor:
-    return x + block.drop_path1(block.ls1(block.attn(block.norm1(x), **options)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folding
-# ---------------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def fold(ffn: RePaFFN, norm: nn.modules.batchnorm._BatchNorm | None = None, scale: Tensor | None = None,
-         shortcut: bool = False) -> FoldedFFN:
-    """A channel-idle FFN in eval mode as three linear maps; the products are taken in float64.
-
-    Args:
-        ffn: the FFN. norm: a batch norm before it. scale: ``(C,)``, a factor for each output channel.
-        shortcut: add the input.
-
-    Raises:
-        ValueError: a batch norm without running statistics, a shortcut between different widths.
-    """
-    fc1, fc2, act = ffn.fc1, ffn.fc2, ffn.act
-    if shortcut and fc1.in_features != fc2.out_features:
-        raise ValueError(f'a shortcut needs one width, the FFN maps {fc1.in_features} to {fc2.out_features}')
-    first, first_bias = _after_norm(fc1, norm)
-    second, second_bias = _after_norm(fc2, None if isinstance(ffn.norm, nn.Identity) else ffn.norm)
-    if scale is not None:
-        second, second_bias = second * scale.double()[:, None], second_bias * scale.double()
-    a, hidden = act.active, fc1.out_features
-    folded = FoldedFFN(fc1.in_features, a, hidden, fc2.out_features, copy.deepcopy(act.act), shortcut,
-                       device=fc1.weight.device, dtype=fc1.weight.dtype)
-    values = {}
-    if a:
-        values.update({'fc1.weight': first[:a], 'fc1.bias': first_bias[:a], 'fc2.weight': second[:, :a]})
-    if a == hidden:
-        values['fc2.bias'] = second_bias
-    else:
-        skip = second[:, a:] @ first[a:]
-        values['skip.weight'] = skip + torch.eye(len(skip), dtype=skip.dtype, device=skip.device) if shortcut else skip
-        values['skip.bias'] = second[:, a:] @ first_bias[a:] + second_bias
-    for name, parameter in folded.named_parameters():
-        parameter.copy_(values[name])
-        parameter.requires_grad_(fc1.weight.requires_grad)
-    return folded.train(ffn.training)
-
-
-def _after_norm(linear: nn.Linear, norm) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in float64, of a linear map with a batch norm before it."""
-    weight = linear.weight.double()
-    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
-    if norm is None:
-        return weight, bias
-    if norm.running_mean is None:
-        raise ValueError('a batch norm without running statistics cannot be folded')
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = -norm.running_mean.double() * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return weight * factor, weight @ shift + bias
-
-
-def _check_eval(module: nn.Module) -> None:
-    if module.training:
-        raise ValueError(f'{type(module).__name__} cannot be folded in training mode, where batch statistics and '
-                         'dropout are something else: call eval() on the model first')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What can be expanded
-# ---------------------------------------------------------------------------------------------------------------------
 def _parts(plain: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers of an FFN by timm's names, and how those of a ``Sequential`` are renamed."""
     wanted = f'RePaFFN needs linear, activation, linear (timm\'s Mlp, or a Sequential of them); {type(plain).__name__}'
@@ -362,33 +190,3 @@ def _parts(plain: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
         raise TypeError(f'{wanted} has {type(parts["act"]).__name__} as activation, which is not known to act on each '
                         'channel alone')
     return parts, renames
-
-
-@torch.no_grad()
-def _check_block(block: nn.Module) -> None:
-    """Raise where ``block`` is not the sum of its input, the attention branch and the FFN branch."""
-    name = type(block).__name__
-    lacking = [part for part in ('norm1', 'attn', 'norm2', 'mlp')
-               if not isinstance(getattr(block, part, None), nn.Module)]
-    if lacking:
-        raise TypeError(f'RePaFFN needs an FFN or a block with norm1, attn, norm2 and mlp; {name} lacks '
-                        f'{", ".join(lacking)}')
-    wanted = f'RePaFFN needs a block that adds attn(norm1(x)) and mlp(norm2(x)) to its input; {name}'
-    if not isinstance(block.norm2, nn.LayerNorm) or len(block.norm2.normalized_shape) != 1:
-        raise TypeError(f'{wanted} has a {type(block.norm2).__name__} as norm2, where a LayerNorm was expected')
-    trial = copy.deepcopy(block).eval()
-    for part in ('ls1', 'ls2', 'drop_path1', 'drop_path2'):
-        if not hasattr(trial, part):
-            trial.add_module(part, nn.Identity())
-    like = next(trial.mlp.parameters())
-    with torch.random.fork_rng(devices=[]):
-        x = torch.randn(1, 3, block.norm2.normalized_shape[0]).to(like)
-    try:
-        y = trial(x)
-        z = _attention_half(trial, x, {})
-        z = z + trial.drop_path2(trial.ls2(trial.mlp(trial.norm2(z))))
-        same = torch.allclose(y, z, 1e-3, 1e-3)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        raise TypeError(f'{wanted} does not take tokens (B, L, C): {error}') from error
-    if not same:
-        raise TypeError(f'{wanted} computes something else')

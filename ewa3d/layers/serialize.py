@@ -13,10 +13,11 @@ from ewa3d.registry import nearest
 from ewa3d.structures import Tokens
 
 __all__ = ['ORDERS', 'Serializer', 'curve_order', 'grid_cells', 'hilbert_decode', 'hilbert_encode', 'inverse_order',
-           'refuse_order', 'z_decode', 'z_encode']
+           'random_order', 'refuse_order', 'z_decode', 'z_encode']
 
 ORDERS = ('hilbert', 'hilbert-trans', 'z', 'z-trans')
 """``-trans`` has the first two axes exchanged."""
+RANDOM = 'random'
 
 
 def grid_cells(coord: Tensor, grid_size: float = 0.02, depth: int = 10) -> Tensor:
@@ -154,6 +155,23 @@ def curve_order(coord: Tensor, order: str = 'hilbert', grid_size: float = 0.02, 
     return code.argsort(dim=1, stable=True)
 
 
+def random_order(coord: Tensor, training: bool) -> Tensor:
+    """An order that follows nothing, to compare curves with: in training each sample's own, drawn anew at every call;
+    else one that depends on the number of tokens alone, so that a result does not change from call to call.
+
+    Shape:
+        - coord ``(B, L, D)``; returns ``(B, L)`` int64.
+    """
+    B, L = coord.shape[:2]
+    if training:
+        return torch.rand(B, L, device=coord.device).argsort(1)
+    mixed = torch.arange(1, L + 1, device=coord.device)
+    for factor in (0x9E3779B1, 0x85EBCA6B):  # the bits of numbers below 2^32, mixed by multiplication and shifts
+        mixed = mixed * factor & 0xFFFFFFFF
+        mixed = mixed ^ mixed >> 15
+    return mixed.argsort(stable=True).expand(B, -1)
+
+
 def inverse_order(order: Tensor) -> Tensor:
     """Where each token went: ``gather(gather(x, order), inverse_order(order))`` is ``x``. ``(B, L)``, kept."""
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
@@ -169,12 +187,12 @@ def refuse_order(backbone: nn.Module, name: str) -> None:
 
 
 class Serializer(nn.Module):
-    """Tokens in the order of a curve; with several curves, one copy of all tokens after another.
+    """Tokens in the order of a curve, or at random; with several orders, one copy of all tokens after another.
 
     With several, each copy of ``x`` has a learnt scale and shift of its own (PointMamba's "order scale").
 
     Args:
-        orders: one of :data:`ORDERS`, or several.
+        orders: one of :data:`ORDERS` or ``'random'`` (see :func:`random_order`), or several.
         embed_dim: C.
         grid_size, depth: of :func:`curve_order`.
 
@@ -191,10 +209,10 @@ class Serializer(nn.Module):
         if not isinstance(orders, Sequence) or not all(isinstance(order, str) for order in orders):
             raise TypeError(f'order is a name or a list of names, got {orders!r}')
         for order in orders:
-            if order not in ORDERS:
-                raise ValueError(f'order={order!r}: {nearest(order, ORDERS)}')
+            if order not in (*ORDERS, RANDOM):
+                raise ValueError(f'order={order!r}: {nearest(order, (*ORDERS, RANDOM))}')
         if not orders or len(set(orders)) < len(orders):
-            raise ValueError(f'order={list(orders)} must name at least one curve, and each once')
+            raise ValueError(f'order={list(orders)} must name at least one order, and each once')
         self.orders = tuple(orders)
         self.grid_size = check_number('order_grid', grid_size, '(0, inf)')
         self.depth = check_integer('depth', depth, 1)
@@ -209,7 +227,8 @@ class Serializer(nn.Module):
     def forward(self, tokens: Tokens) -> Tokens:
         parts = []
         for i, name in enumerate(self.orders):
-            order = curve_order(tokens.coord, name, self.grid_size, self.depth)
+            order = random_order(tokens.coord, self.training) if name == RANDOM else \
+                curve_order(tokens.coord, name, self.grid_size, self.depth)
             x, pos, coord = (gather(value, order) for value in (tokens.x, tokens.pos, tokens.coord))
             target = None if tokens.target is None else \
                 gather(tokens.target.flatten(2), order).unflatten(-1, tokens.target.shape[2:])

@@ -1,4 +1,5 @@
 """State spaces as token mixers (S4, arXiv 2111.00396; S4D, arXiv 2206.11893), in place of attention."""
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -158,7 +159,9 @@ class StateSpaceMixer(Reparam, _ConvolutionMixer):
     def _expanded(cls, plain: nn.Module, fused: bool, **cfg) -> nn.Module:
         """A new mixer of the width, device, dtype and mode of ``plain``."""
         like = next((p for p in plain.parameters() if p.is_floating_point()), None)
-        new = cls(width_of(plain, cls.__name__), **cfg)
+        width = width_of(plain, cls.__name__)
+        refuse_inputs(plain, cls.__name__)
+        new = cls(width, **cfg)
         if like is not None:
             new.to(device=like.device, dtype=like.dtype)
         new._plain_names = frozenset(plain.state_dict()) - frozenset(new.state_dict())
@@ -263,8 +266,9 @@ class S4D(StateSpaceMixer):
             fused: give the form with a precomputed kernel at once, for fused weights.
 
         Raises:
-            TypeError: ``plain`` has no linear layer that tells its width, or is torch's ``MultiheadAttention``, which
-                returns a tuple. ValueError: ``fused`` without ``length``, and as the class.
+            TypeError: ``plain`` has no linear layer that tells its width, is torch's ``MultiheadAttention``, which
+                returns a tuple, or takes more than tokens (Swin's mask, EVA's rotary positions, BEiT's biases).
+                ValueError: ``fused`` without ``length``, and as the class.
         """
         return cls._expanded(plain, fused, d_state=d_state, bidirectional=bidirectional, dropout=dropout,
                              length=length, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max)
@@ -311,6 +315,20 @@ def width_of(plain: nn.Module, name: str) -> int:
         why = 'returns a tuple' if linear is not None else 'has no linear layer that tells the width of its tokens'
         raise TypeError(f'{name} takes the place of a mixer that is called as attn(x); {type(plain).__name__} {why}')
     return linear.in_features
+
+
+SPARED = ('attn_mask', 'is_causal', 'pos', 'context', 'context_pos')
+"""Inputs of attentions that blocks pass on only where they are given themselves."""
+
+
+def refuse_inputs(plain: nn.Module, name: str) -> None:
+    """Raise where ``plain`` is called with more than the tokens: with a mask of windows, rotary positions or biases."""
+    inputs = list(inspect.signature(plain.forward).parameters.values())
+    wanted = [p.name for p in inputs[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in SPARED
+              and (p.default is p.empty or p.default is None)]
+    if wanted:
+        raise TypeError(f'{name} takes the place of a mixer that is called as attn(x); {type(plain).__name__} takes '
+                        f'{", ".join(wanted)} besides, and its block passes that on')
 
 
 def state_space_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -106,8 +106,9 @@ class TokenEncoder(TransformerStack):
         pos: add the positional embedding before ``'every'`` block (Point-BERT, Point-MAE) or the ``'first'`` (ViT).
         cls_token: put a learnt token with a learnt position in front.
         modality_norms: with several tokenizers, each input has its own norms in the blocks and at the end, too.
-        order: the curve along which the tokens are visited, for mixers that see a sequence (S4D), or several, one copy
-            of the tokens after another: see :class:`~ewa3d.layers.serialize.Serializer`. As they come unless given.
+        order: the curve along which the tokens are visited, for mixers that see a sequence (S4D), ``'random'`` to
+            compare with, or several of them, one copy of the tokens after another: see
+            :class:`~ewa3d.layers.serialize.Serializer`. As they come unless given.
         order_grid: side of the cells of the curve's grid.
         grad_checkpointing: see :class:`TransformerStack`; the tokenizer's activations are kept.
 

@@ -123,6 +123,8 @@ def _features(backbone: nn.Module, group: Mapping[str, Task], inputs, modality: 
     blocks = sorted({i % depth for i in asked} | {depth - 1})
     tokens = backbone.tokenize(inputs)
     options = {} if modality is None else dict(modality=modality)
+    if tokens.prefix_pos is not None:
+        options['prefix_pos'] = tokens.prefix_pos
     outputs = dict(zip(blocks, backbone.encode(tokens.x, tokens.pos, blocks, **options)))
     feats = {}
     for name, task in group.items():

@@ -2,6 +2,6 @@
 # class token. Its state spaces learn at 1e-3 at most and without decay (ssm_lr in paramwise_cfg).
 s4d = [dict(type='S4D', at='backbone.blocks.*.attn', d_state=64, bidirectional=True, length=33)]
 s4d_order = 'hilbert'
-# Two curves, one after the other (PointMamba): every patch token comes twice.
-s4d_two = [dict(type='S4D', at='backbone.blocks.*.attn', d_state=64, bidirectional=True, length=65)]
+# Two curves, one after the other (PointMamba): every patch token comes twice; there is no class token.
+s4d_two = [dict(type='S4D', at='backbone.blocks.*.attn', d_state=64, bidirectional=True, length=64)]
 s4d_two_orders = ['hilbert', 'hilbert-trans']
