@@ -38,5 +38,5 @@ __all__ = ['PointDataset', 'FewShot', 'FolderParts', 'FolderPointCloud', 'ModelN
            'SUNRGBDDetection', 'SyntheticScenes', 'AddHeight', 'PackBoxes', 'RandomCuboid', 'SceneFlip',
            'SceneRotate', 'SceneScale', 'CIFAR10', 'CIFAR100', 'Digits', 'ImageDataset', 'ImageFolder', 'ImageNet',
            'ImageTransforms', 'PackImage', 'MixedBatches', 'MixedDataset', 'MixedSampler', 'RepeatedSampler',
-           'ClipFlip', 'LoadClip', 'PackClip', 'ThreeCrop', 'MovingClouds', 'MovingShapes', 'PackClouds', 'VideoDataset',
-           'Batch', 'packed_collate']
+           'ClipFlip', 'LoadClip', 'PackClip', 'ThreeCrop', 'MovingClouds', 'MovingShapes', 'PackClouds',
+           'VideoDataset', 'Batch', 'packed_collate']

@@ -49,7 +49,7 @@ def fold(ffn: nn.Module, norm: nn.modules.batchnorm._BatchNorm | None = None, sc
     Args:
         ffn: a :class:`~ewa3d.layers.repa.RePaFFN`; layers of it that fuse to linear ones (adapters) are
             fused first.
-        norm: a batch norm before it. scale: a factor for each output channel. shortcut: add the input.
+        norm: a batch norm before it. scale: ``(C,)``, a factor for each output channel. shortcut: add the input.
 
     Raises:
         TypeError: a layer that is no linear one. ValueError: a batch norm without running statistics, a shortcut

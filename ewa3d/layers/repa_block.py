@@ -95,7 +95,11 @@ class RePaBlock(_FirstHalf, Reparam):
 
 
 class FoldedBlock(_FirstHalf, Fused):
-    """A block whose FFN branch, shortcut included, is one :class:`FoldedFFN`."""
+    """A block whose FFN branch, shortcut included, is one :class:`FoldedFFN`.
+
+    Shape:
+        - ``(B, L, C)``, or a Swin's ``(B, H, W, C)``; kept.
+    """
 
     def __init__(self, block: RePaBlock, mlp: FoldedFFN):
         super().__init__()
