@@ -22,7 +22,7 @@ from ewa3d.models.build import fill_from_checkpoint, without_pretrained
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Reparam, Report, fuse, glob
 
-__all__ = ['FuseReport', 'fuse_checkpoint', 'example_inputs', 'output_difference', 'plain_config',
+__all__ = ['FuseReport', 'fuse_and_compare', 'fuse_checkpoint', 'example_inputs', 'output_difference', 'plain_config',
            'trusted_part']
 
 TOLERANCE = 1e-5
@@ -78,7 +78,7 @@ def fuse_checkpoint(checkpoint: str | Path, out: str | Path, config: Mapping | N
     expanded = build_stored(cfg['model'], checkpoint, state)
     load_model_state(expanded, state, str(checkpoint))
     expanded.eval().requires_grad_(False)
-    plain, rows, difference = _fused(expanded, example_inputs(cfg))
+    plain, rows, difference = fuse_and_compare(expanded, example_inputs(cfg))
     kept = {row.before for row in rows if row.status == 'kept'}
     fused = sum(row.status == 'fused' for row in rows)
     report = FuseReport(str(rows), kind, fused, sum(row.status == 'kept' for row in rows), difference, tolerance, out)
@@ -108,7 +108,7 @@ def build_stored(cfg: Mapping, checkpoint: str | Path, weights: Mapping) -> nn.M
         raise ValueError(f'{checkpoint}: its model config cannot be built: {type(error).__name__}: {reason}') from error
 
 
-def _fused(expanded: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[nn.Module, Report, dict]:
+def fuse_and_compare(expanded: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[nn.Module, Report, dict]:
     """The plain model, the report, and by precision the output difference of models fused in that precision."""
     difference, results = {}, {}
     for dtype in (torch.float32, torch.float64):
@@ -204,13 +204,14 @@ def _stays(rule: Mapping, plain: nn.Module) -> bool:
     return any(isinstance(m, cls) or (isinstance(m, Experts) and isinstance(m.body(), cls)) for m in found)
 
 
-def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str, Tensor]:
+def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0,
+                   num_points: int | None = None) -> dict[str, Tensor]:
     """Generated inputs of the shapes that the model of ``cfg`` takes: noisy ellipsoids in the unit ball, images of
     noise.
 
     Shape:
-        - ``points``: ``(batch_size, N, 3 + F)``, ``N`` from the test or training pipeline (else 1024), ``F`` from the
-          tokenizer.
+        - ``points``: ``(batch_size, N, 3 + F)``, ``N`` is ``num_points`` or that of the test or training pipeline (else
+          1024), ``F`` from the tokenizer.
         - ``category``: ``(batch_size,)`` int64, where the neck is told.
         - ``img``: ``(batch_size, C, H, W)``, from the backbone, where it is for images.
         - ``video``: ``(batch_size, T, C, H, W)``, where it is for clips; ``points`` then ``(batch_size, T, N, 3 + F)``.
@@ -218,12 +219,12 @@ def example_inputs(cfg: Mapping, batch_size: int = 2, seed: int = 0) -> dict[str
     shape = image_shape(cfg['model'].get('backbone') or {})
     frames = clip_length(cfg['model'].get('backbone') or {})
     if frames is not None:
-        return _clips(cfg, shape, frames, batch_size, seed)
+        return _clips(cfg, shape, frames, batch_size, seed, num_points)
     if shape is None:
-        return _clouds(cfg, batch_size, seed)
+        return _clouds(cfg, batch_size, seed, num_points)
     img = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(seed))
     takes_points = any(kind == 'PointPatchEmbed' for _, kind in _items(cfg['model'].get('backbone') or {}))
-    return dict(_clouds(cfg, batch_size, seed), img=img) if takes_points else dict(img=img)
+    return dict(_clouds(cfg, batch_size, seed, num_points), img=img) if takes_points else dict(img=img)
 
 
 def image_shape(backbone: Mapping) -> tuple[int, int, int] | None:
@@ -248,20 +249,21 @@ def clip_length(backbone: Mapping) -> int | None:
     return clips[0].get('num_frames', 8) if clips else None
 
 
-def _clips(cfg: Mapping, shape: tuple[int, int, int] | None, frames: int, batch_size: int, seed: int) -> dict:
+def _clips(cfg: Mapping, shape: tuple[int, int, int] | None, frames: int, batch_size: int, seed: int,
+           num_points: int | None) -> dict:
     if shape is None:
-        clouds = _clouds(cfg, batch_size * frames, seed)
+        clouds = _clouds(cfg, batch_size * frames, seed, num_points)
         return dict(clouds, points=clouds['points'].unflatten(0, (batch_size, frames)))
     generator = torch.Generator().manual_seed(seed)
     return dict(video=torch.randn(batch_size, frames, *shape, generator=generator))
 
 
-def _clouds(cfg: Mapping, batch_size: int, seed: int) -> dict[str, Tensor]:
+def _clouds(cfg: Mapping, batch_size: int, seed: int, num_points: int | None) -> dict[str, Tensor]:
     loader = cfg.get('test_dataloader') or cfg.get('train_dataloader') or {}  # pretraining has no test
     sizes = [v for k, v in _items(loader) if k == 'num_points' and isinstance(v, int)]
     tokenizer = (cfg['model'].get('backbone') or {}).get('tokenizer') or {}
     channels = [v for k, v in _items(tokenizer) if k == 'in_channels' and isinstance(v, int)]
-    size, width = max(sizes, default=1024), max(channels, default=3)
+    size, width = num_points or max(sizes, default=1024), max(channels, default=3)
     if not (1 <= size <= 2**20 and 3 <= width <= 1024):
         raise ValueError(f'the config asks for clouds of {size} points with {width} channels')
     generator = torch.Generator().manual_seed(seed)

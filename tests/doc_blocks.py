@@ -41,7 +41,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r'^(?:[ ]*<!-- (?P<mark>[^\n]*?) -->\n)?(?P<indent>[ ]*)```(?P<language>[^\n]*)\n(?P<text>.*?)'
                    r'^(?P=indent)```[ ]*$', re.DOTALL | re.MULTILINE)
 MARK = re.compile(r'run|not run: .{8,}')
-TO_COME = ('export',)
 EXAMPLES = {'CONFIG': 'configs/quickstart/ewa.py', 'S': '0'}
 RECORDER = r"""
 exec 3>"$1"
@@ -101,9 +100,7 @@ class Page:
     def _sh(self, block: Block) -> None:
         for line in logical_lines(block.text):
             for words in words_of(line):
-                if words[0] == 'ewa3d' and words[1] in TO_COME and words[1] not in cli.COMMANDS:
-                    self.skipped.append(f'there is no command {words[1]} yet')
-                elif block.mark == 'run':
+                if block.mark == 'run':
                     self._run(line, words)
                 else:
                     check_command(words)

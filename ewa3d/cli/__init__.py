@@ -20,6 +20,7 @@ COMMANDS = {  # verb → (module:function, what it does)
     'predict': ('ewa3d.cli.predict:main', 'what a checkpoint says about files'),
     'fewshot': ('ewa3d.cli.fewshot:main', 'train on every fold of a few-shot task; mean and std over folds'),
     'fuse': ('ewa3d.cli.weights:fuse', 'write the plain weights of a checkpoint'),
+    'export': ('ewa3d.cli.export:main', 'write a checkpoint for ONNX, torch.export or safetensors'),
     'convert': ('ewa3d.cli.weights:convert', 'official Point-MAE, Point-BERT and 3DETR weights to ours'),
     'data': ('ewa3d.cli.data:main', 'download published data, check data, order clouds ahead of training'),
     'bench': ('ewa3d.bench:main', 'compare variants of steps, layers and operators'),
@@ -33,10 +34,10 @@ COMMANDS = {  # verb → (module:function, what it does)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
-    0: done, or a training that SIGTERM ended once its checkpoint was written. 1: ``fuse`` or ``convert`` refuses to
-    write, ``data check`` found something wrong, ``data prepare`` leaves something to be done by hand. 2: bad input,
-    told in one line. 3: anything else, with its traceback. 4: of several processes, another one failed first. 130:
-    interrupted.
+    0: done, or a training that SIGTERM ended once its checkpoint was written. 1: ``fuse``, ``convert`` or ``export``
+    refuses to write, ``data check`` found something wrong, ``data prepare`` leaves something to be done by hand. 2: bad
+    input, told in one line. 3: anything else, with its traceback. 4: of several processes, another one failed first.
+    130: interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

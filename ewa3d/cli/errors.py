@@ -7,8 +7,10 @@ import traceback
 __all__ = ['USER_ERRORS', 'end_rank', 'one_line', 'tell']
 
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError, NotImplementedError)
+# module → what to install, where the names differ
 DISTRIBUTIONS = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'sklearn': 'scikit-learn', 'skimage': 'scikit-image',
-                 'yaml': 'pyyaml', 'open3d': "'ewa3d[3d]'"}  # module → what to install, where the names differ
+                 'yaml': 'pyyaml', 'open3d': "'ewa3d[3d]'",
+                 **dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime'), "'ewa3d[export]'")}
 FIRST = 2  # seconds that a rank leaves to the one that failed first, so that torchrun reports that one
 
 

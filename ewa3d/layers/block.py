@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
+from ewa3d.ops.points import exporting
 
 __all__ = ['Attention', 'Block', 'DropPath', 'LayerScale', 'Mlp', 'Pointwise', 'attend', 'init_vit',
            'pointwise']
@@ -81,9 +82,10 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_faster_as_convolution(x: Tensor) -> bool:
     """Whether oneDNN gets to compute it then: on one thread torch has slower code for fewer than 16 patches. Exported
     graphs stay plain."""
+    if exporting():
+        return False
     patches = x.ndim == 3 and len(x) >= 16 and x.is_contiguous() and x.dtype == torch.float32
-    exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
-    return patches and ONEDNN and x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu') and not exporting()
+    return patches and ONEDNN and x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
 
 
 class DropPath(nn.Module):

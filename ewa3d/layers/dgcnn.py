@@ -24,7 +24,7 @@ class _GroupNorm(nn.GroupNorm):
         super().__init__(num_groups, num_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(len(x), 1, -1, x.shape[-1])  # an image in channels-last format: nothing is copied
+        rows = x.reshape(x.shape[0], 1, -1, x.shape[-1])  # an image in channels-last format: nothing is copied
         return super().forward(rows.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
 
 

@@ -54,7 +54,7 @@ class ImagePatchEmbed(nn.Module):
 
     def forward(self, inputs: Mapping | Tensor) -> Tokens:
         img = images_of(inputs)
-        B = len(img)
+        B = img.shape[0]
         if img.shape[1:] != (self.in_channels, *self.img_size):
             raise ValueError(f'images (B, {self.in_channels}, {self.img_size[0]}, {self.img_size[1]}) expected, got '
                              f'{tuple(img.shape)}; the pipeline resizes them, img_size and in_channels are the '

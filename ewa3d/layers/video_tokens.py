@@ -54,7 +54,7 @@ class ClipTime:
 
     def timed(self, tokens: Tokens) -> Tokens:
         """``tokens`` of frames, ``(B·T, L, C)``, with the time in their positions."""
-        rows = len(tokens.x)
+        rows = tokens.x.shape[0]
         time = self.temporal_embed.expand(rows // self.num_frames, -1, -1).reshape(rows, 1, -1)  # (B·T, 1, C)
         return tokens._replace(pos=tokens.pos + time, prefix_pos=time)
 

@@ -109,7 +109,7 @@ class _Propagation(nn.Module):
         if not isinstance(inputs, Mapping) or 'category' not in inputs:
             raise KeyError("the model is told the category of each cloud: inputs must be dict(points=…, "
                            "category=(B,)); in a pipeline, dict(type='Pack', category=True)")
-        wanted = f'category must be one integer a cloud, ({len(points)},)'
+        wanted = f'category must be one integer a cloud, ({points.shape[0]},)'
         try:
             category = torch.as_tensor(inputs['category'], device=points.device)
         except (TypeError, ValueError, RuntimeError) as error:  # None, names, ragged lists

@@ -90,7 +90,7 @@ class TimmBackbone(nn.Module):
         if pos.shape[1] != x.shape[1]:
             pos = _resized(pos, grid, model.patch_embed.grid_size)
         coord = grid_coordinates(grid).to(x)
-        return Tokens(x, pos.expand(len(x), -1, -1), coord.expand(len(x), -1, -1))
+        return Tokens(x, pos.expand(x.shape[0], -1, -1), coord.expand(x.shape[0], -1, -1))
 
     def encode(self, x: Tensor, pos: Tensor, out_indices: Sequence[int] = (), norm: bool = True,
                prefix_pos: Tensor | None = None):
@@ -110,7 +110,7 @@ class TimmBackbone(nn.Module):
             if model.pos_embed is not None and not model.no_embed_class:
                 prefix = prefix + model.pos_embed[:, :prefix.shape[1]]
             prefix = prefix if prefix_pos is None else prefix + prefix_pos
-            x = torch.cat([prefix.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            x = torch.cat([prefix.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
         x = model.norm_pre(model.pos_drop(x))
         outputs = {}
         for i, block in enumerate(model.blocks):

@@ -77,8 +77,8 @@ class ClipPool(TokenPool):
         self.num_frames = check_integer('ClipPool: num_frames', num_frames, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) % self.num_frames:
-            raise ValueError(f'ClipPool: {len(x)} frames are no whole clips of num_frames={self.num_frames}')
+        if x.shape[0] % self.num_frames:
+            raise ValueError(f'ClipPool: {x.shape[0]} frames are no whole clips of num_frames={self.num_frames}')
         return super().forward(x).unflatten(0, (-1, self.num_frames))
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ewa3d.checks import check_integer, check_number
@@ -48,11 +49,13 @@ def ball_query(query: Tensor, points: Tensor, radius: float, k: int, backend: st
 
 
 def _ball_query(query: Tensor, points: Tensor, radius: float, k: int, backend: str) -> Tensor:
-    module = None if base._tracing() else backends.pytorch3d_for(backend, query, points)
+    if base._tracing():
+        return _first_hits(query, points, radius, k)
+    module = backends.pytorch3d_for(backend, query, points)
     if module is not None:
         return backends.ball_query(module, query, points, radius, k)
     large = points.shape[1] >= base.TREE_POINTS and query.shape[1] >= base.TREE_QUERIES
-    if points.device.type == 'cpu' and large and len(points) and not base._tracing() and base.tree_class() is not None:
+    if points.device.type == 'cpu' and large and len(points) and base.tree_class() is not None:
         dtype = points.numpy().dtype
         return base.search_trees(functools.partial(_search_tree, radius=radius, dtype=dtype), query, points, k)
     return _by_scan(query, points, radius, k)
@@ -62,18 +65,30 @@ def _by_scan(query: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
     """Every pair, as many queries at a time as fit the cache, or as ``DEVICE_CHUNK`` allows."""
     limit = base.CHUNK if points.device.type == 'cpu' else base.DEVICE_CHUNK
     rows = max(1, limit // max(1, points.shape[0] * points.shape[1]))
-    parts = [query] if base._tracing() else query.split(rows, 1)
+    parts = query.split(rows, 1)
     return torch.cat([_first_hits(part, points, radius, k) for part in parts], 1)
 
 
 def _first_hits(query: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
-    """Where the running count of hits reaches 1, 2, … k: no sorting, and no size that depends on the values."""
+    """Where the running count of hits reaches 1, 2, … k: no sorting, and no size that depends on the values. Exported,
+    the ``k`` smallest numbers of hits."""
     x, y, z = ((query[..., i].unsqueeze(-1) - points[..., i].unsqueeze(-2)).square() for i in range(3))
-    counted = (x + y + z < radius ** 2).cumsum(-1, dtype=torch.int32)  # (B, m, N)
+    inside = x + y + z < radius ** 2  # (B, m, N)
+    if base.exporting():
+        N = points.shape[1]
+        numbers = torch.where(inside, torch.arange(N, device=points.device), N)
+        idx = numbers.topk(min(k, N), dim=-1, largest=False)[0]
+        return _filled(F.pad(idx, (0, k - idx.shape[-1]), value=N) if k > N else idx, N)
+    counted = inside.cumsum(-1, dtype=torch.int32)
     ranks = torch.arange(1, k + 1, dtype=torch.int32, device=points.device).expand(*counted.shape[:2], k)
     idx = torch.searchsorted(counted, ranks.contiguous())  # (B, m, k), N where there are fewer
-    idx = torch.where(idx < points.shape[1], idx, idx[..., :1])
-    return idx.masked_fill(idx == points.shape[1], 0)
+    return _filled(idx, points.shape[1])
+
+
+def _filled(idx: Tensor, N: int) -> Tensor:
+    """Numbers of hits with the first of a ball, or 0, in place of those that are missing, which are ``N``."""
+    idx = torch.where(idx < N, idx, idx[..., :1])
+    return idx.masked_fill(idx == N, 0)
 
 
 def _search_tree(query: np.ndarray, points: np.ndarray, found: np.ndarray, workers: int, radius: float, dtype) -> None:

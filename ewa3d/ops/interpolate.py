@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewa3d.ops.points import knn
+from ewa3d.ops.points import exporting, knn
 
 __all__ = ['interpolate', 'interpolation_weights']
 
@@ -45,22 +45,24 @@ def interpolation_weights(query: Tensor, points: Tensor, k: int = 3) -> tuple[Te
         raise ValueError(f'interpolate: there is no point to take features from: points is {tuple(points.shape)}')
     dtype = torch.promote_types(points.dtype, torch.float32)
     distance, index = knn(query.to(dtype), points.to(dtype), min(k, points.shape[1]))
-    weight = (distance + EPSILON).reciprocal()
+    # The optimizer of ONNX graphs takes 1e-8 for 0 and drops it; the sum of the weights is divided out.
+    weight = ((distance / EPSILON + 1) if exporting() else (distance + EPSILON)).reciprocal()
     return index, weight / weight.sum(-1, keepdim=True)
 
 
 def weighted_sum(features: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """``sum_j weight[b, n, j] · features[b, index[b, n, j]]`` without the ``(B, N, k, C)`` that gathering would make.
 
-    Where a matrix of all pairs is no larger than the result, half precision and other devices multiply by that: they
-    are quick at products. The rest are sums of rows.
+    Where a matrix of all pairs is no larger than the result, half precision, other devices and exported graphs multiply
+    by that: they are quick at products. The rest are sums of rows.
 
     Shape:
         - features ``(B, S, C)``, index and weight ``(B, N, k)``; returns ``(B, N, C)``.
     """
     B, S, C = features.shape
     weight = weight.to(features.dtype)
-    if S <= C and (features.device.type != 'cpu' or features.dtype in (torch.float16, torch.bfloat16)):
+    low_precision = features.dtype in (torch.float16, torch.bfloat16)
+    if (S <= C and (features.device.type != 'cpu' or low_precision)) or exporting():
         return weight.new_zeros(*index.shape[:2], S).scatter(2, index, weight) @ features
     rows = index + torch.arange(B, device=index.device).mul(S).view(B, 1, 1)
     total = F.embedding_bag(rows.flatten(0, 1), features.reshape(B * S, C), mode='sum',

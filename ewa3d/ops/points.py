@@ -91,7 +91,7 @@ def neighbours(query: Tensor, points: Tensor, k: int, backend: str = 'auto') -> 
 
 def _neighbours(query: Tensor, points: Tensor, k: int, backend: str) -> Tensor:
     if _tracing():
-        return _by_topk(query, points, k)
+        return _neighbours_functional(query, points, k)
     module = backends.pytorch3d_for(backend, query, points)
     if module is not None:
         return backends.neighbours(module, query, points, k)
@@ -129,9 +129,25 @@ def _keys(query: Tensor, points: Tensor, index: Tensor, N: int) -> Tensor:
 def _by_topk(query: Tensor, points: Tensor, k: int) -> Tensor:
     """Neighbours in all clouds, comparing every pair, as many queries at a time as ``DEVICE_CHUNK`` allows."""
     B, N, _ = points.shape
-    parts = [query] if _tracing() else query.split(max(1, DEVICE_CHUNK // max(1, B * N)), 1)
+    parts = query.split(max(1, DEVICE_CHUNK // max(1, B * N)), 1)
     found = [_ranked_keys(part, points).topk(k, dim=-1, largest=False)[0] for part in parts]
     return torch.cat(found, 1) & _index_mask(N)
+
+
+def _neighbours_functional(query: Tensor, points: Tensor, k: int) -> Tensor:
+    """The same for ``torch.export``, in arithmetic alone: other runtimes have no bit patterns of floats, and break ties
+    in ways of their own.
+
+    Distances are rounded to 32 bits (Dekker's splitting), and those of the points ``0, 1, 2, …`` raised by so many
+    units in the last of 53 places, as many as 2^20 points leave room for: none are equal then.
+    """
+    x, y, z = ((query[..., i].double().unsqueeze(-1) - points[..., i].double().unsqueeze(-2)).square()
+               for i in range(3))
+    distance = (x + y + z).clamp(min=1e-280)  # (B, M, N)
+    upper = distance * (2**21 + 1)
+    rounded = upper - (upper - distance)
+    index = torch.arange(points.shape[1], device=points.device)
+    return (rounded * ((index.double() + 2**52) / 2**52)).topk(k, dim=-1, largest=False)[1]
 
 
 def _by_partition(query: Tensor, points: Tensor, k: int) -> Tensor:
@@ -225,9 +241,13 @@ def _tracing() -> bool:
 
 def _compiling() -> bool:
     """Whether the operator should stay one opaque node: in ``torch.compile``, but not in ``torch.export``, whose graph
-    should need torch alone. (Unrolled, the loop of :func:`fps` takes the compiler minutes.)"""
-    exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
-    return torch.compiler.is_compiling() and not exporting()
+    should need torch alone."""
+    return _tracing() and not exporting()
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` is at work, for any runtime."""
+    return getattr(torch.compiler, 'is_exporting', lambda: False)()
 
 
 @torch.library.custom_op('ewa3d::neighbours', mutates_args=())

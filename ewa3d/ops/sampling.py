@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ewa3d.checks import check_integer
 from ewa3d.ops import backends, blocks
-from ewa3d.ops.points import _compiling, _single, _tracing, check_points, gather
+from ewa3d.ops.points import _compiling, _single, _tracing, check_points
 
 __all__ = ['fps']
 
@@ -116,13 +116,19 @@ def _fps_loop(points: Tensor, num: int, start: Tensor, nearest: Tensor) -> Tenso
 
 
 def _fps_functional(points: Tensor, num: int, start: Tensor, nearest: Tensor) -> Tensor:
-    """:func:`_fps` without side effects, for ``torch.export``."""
-    picks = [start.unsqueeze(1)]
-    for _ in range(num - 1):
-        x, y, z = (points - gather(points, picks[-1])).square().unbind(-1)
-        nearest = torch.minimum(nearest, x + y + z)
-        picks.append(nearest.argmax(1, keepdim=True))
-    return torch.cat(picks, 1)
+    """:func:`_fps` without side effects, for ``torch.export``: a loop in the graph, of any length in the same size."""
+    from torch._higher_order_ops.scan import scan
+    x, y, z = (axis.contiguous() for axis in points.unbind(-1))
+
+    def step(carry: tuple[Tensor, Tensor], _: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        nearest, pick = carry
+        distance = (x - x.gather(1, pick)).square() + (y - y.gather(1, pick)).square() + \
+            (z - z.gather(1, pick)).square()
+        nearest = torch.minimum(nearest, distance)
+        return (nearest, nearest.argmax(1, keepdim=True)), pick.squeeze(1).clone()
+
+    _, picks = scan(step, (nearest, start.unsqueeze(1)), torch.arange(num, device=points.device))
+    return picks.transpose(0, 1)
 
 
 @torch.library.custom_op('ewa3d::fps', mutates_args=())
