@@ -103,7 +103,8 @@ def start_by_hand(folder: Path, cfg: dict) -> list[subprocess.Popen]:
     """Two ranks that nobody looks after, each with its workers in a process group of its own."""
     env = dict(environment(), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
     return [subprocess.Popen([sys.executable, *command(folder, cfg)], env=dict(env, RANK=str(i), LOCAL_RANK=str(i)),
-                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's & ignores it
             for i in range(2)]
 
 
