@@ -128,6 +128,9 @@ def cached_clouds(cache_dir: Path | None, name: str, settings: dict, files: Iter
             settings on other sources counts as outdated and is deleted.
         files: the sources, below ``root``, in the order of the clouds.
         fps_ordered: the clouds come in FPS order.
+
+    Raises:
+        NotPrepared: inside :func:`only_prepared`, there is no cache.
     """
     if _once.get():
         return CloudsOnce(read(), name)

@@ -32,6 +32,7 @@ class Inventory:
 
     @property
     def complete(self) -> bool:
+        """Whether nothing is missing and nothing is wrong."""
         return not self.missing and not self.wrong
 
     def __str__(self) -> str:

@@ -252,7 +252,11 @@ def _expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a DTensor, which every rank has to ask for; any other tensor itself."""
+    """All of a DTensor, which every rank has to ask for; any other tensor itself.
+
+    Shape:
+        - any; returned with the size that it has over all ranks.
+    """
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 

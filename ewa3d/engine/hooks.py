@@ -247,6 +247,9 @@ class MetricsHook(Hook):
     Args:
         on_error: what a line that cannot be written (no space, no permission) is: ``'raise'`` ends the run,
             ``'continue'`` logs it and writes it with the next one that can be.
+
+    Raises:
+        ValueError: another ``on_error``.
     """
     priority = 'BELOW_NORMAL'
     LAST = ('lr', 'base_lr', 'share_rate', 'temperature', 'kl_weight', 'skipped_steps')

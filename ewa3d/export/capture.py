@@ -44,6 +44,7 @@ def capture(model: nn.Module, example: Mapping[str, Tensor], dynamic: bool = Tru
     batch = Dim('batch', min=1)
     shapes = tuple({axis: batch if kind == 'batch' else Dim.AUTO for axis, kind in axes[name].items()}
                    for name in example)
+    torch._dynamo.reset()  # loops that were traced before, at another size, would keep this one from being any size
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(model, tuple(example.values()), dynamic_shapes=shapes, strict=False)

@@ -203,8 +203,8 @@ def _pair(size: Mapping[str, int]) -> tuple[int, int | None]:
 
 @torch.no_grad()
 def _compare(model: nn.Module, run: Callable[[dict], dict], inputs: Iterator[dict[str, Tensor]]) -> dict:
-    """The largest difference of the outputs that ``run`` gives, ``absolute`` and ``relative`` to the largest value of
-    that output, and in which ``output``; NaN where there is one."""
+    """The largest difference of the outputs of ``run``, ``absolute`` and ``relative`` to the largest value of that
+    output, and in which ``output``; NaN where there is one."""
     differences = []
     for given in inputs:
         expected = model(**given)

@@ -32,7 +32,12 @@ def require(*packages: str) -> None:
 
 
 class OnnxProgram:
-    """An ONNX model, run by onnxruntime."""
+    """An ONNX model, run by onnxruntime.
+
+    Raises:
+        NotImplementedError: ONNX lacks an operator or this ``opset``, or onnxruntime refuses the graph.
+        ValueError: the model does not fit one file.
+    """
     packages = ('onnx', 'onnxscript', 'onnxruntime')
 
     def __init__(self, captured: Captured, opset: int | None = None):
@@ -74,6 +79,7 @@ class OnnxProgram:
         return dict(zip(names, map(torch.from_numpy, found)))
 
     def write(self, path: Path, record: Mapping) -> None:
+        """The file, with ``record`` in its metadata."""
         import onnx
         onnx.helper.set_model_props(self.proto, {key: json.dumps(value) for key, value in record.items()})
         atomic_write(path, self.proto.SerializeToString())
@@ -97,10 +103,12 @@ class TorchProgram:
         return file.getvalue()
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name."""
         with torch.no_grad():
             return self.module(*inputs.values())
 
     def write(self, path: Path, record: Mapping) -> None:
+        """The file, with ``record`` in its metadata."""
         atomic_write(path, self._saved(record))
 
 
@@ -124,10 +132,12 @@ class Weights:
         self.again = deploy(again.to(next(model.parameters()).dtype), inputs, model.task, model.features)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name."""
         with torch.no_grad():
             return self.again(**inputs)
 
     def write(self, path: Path, record: Mapping) -> None:
+        """The file, with ``record`` in its metadata."""
         record = {key: value for key, value in record.items() if key != 'config'}  # meta has the whole
         write_checkpoint(path, self.weights, {**self.meta, 'export': record})
 
@@ -156,12 +166,14 @@ class TimmWeights:
         self.plain.load_state_dict(self.state, strict=True)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name."""
         with torch.no_grad():
             if self.timm['num_classes']:
                 return dict(logits=self.plain(inputs['img']))
             return dict(features=self.plain.forward_features(inputs['img']))
 
     def write(self, path: Path, record: Mapping) -> None:
+        """The file, with ``record`` in its metadata."""
         from safetensors.torch import save
         record = {**record, 'timm': self.timm}
         header = {key: json.dumps(value) for key, value in record.items()}

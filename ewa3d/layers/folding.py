@@ -106,6 +106,7 @@ def _after_norm(linear: nn.Linear, norm) -> tuple[Tensor, Tensor]:
 
 
 def check_eval(module: nn.Module) -> None:
+    """Raise ``ValueError`` for a module in training mode."""
     if module.training:
         raise ValueError(f'{type(module).__name__} cannot be folded in training mode, where batch statistics and '
                          'dropout are something else: call eval() on the model first')

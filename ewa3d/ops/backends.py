@@ -42,6 +42,9 @@ def check_backend(name: str, what: str) -> str:
 def pytorch3d_for(backend: str, *points: Tensor) -> ModuleType | None:
     """``pytorch3d.ops`` where it is to work on these points, else ``None``.
 
+    Shape:
+        - points: of any shape; their device and dtype decide.
+
     Raises:
         ValueError: a backend that does not exist, or pytorch3d by name and double precision.
         ImportError: pytorch3d by name, and it is not installed.

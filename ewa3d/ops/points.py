@@ -76,7 +76,14 @@ def _distances(query: Tensor, points: Tensor, idx: Tensor) -> Tensor:
 
 
 def neighbours(query: Tensor, points: Tensor, k: int, backend: str = 'auto') -> Tensor:
-    """The indices that :func:`knn` returns, without the distances."""
+    """The indices that :func:`knn` returns, without the distances.
+
+    Shape:
+        - query ``(B, M, 3)``, points ``(B, N, 3)``; returns ``(B, M, k)`` int64.
+
+    Raises:
+        ValueError, TypeError, ImportError: as of :func:`knn`.
+    """
     check_points(points)
     check_points(query, 'query')
     if query.shape[0] != points.shape[0]:
