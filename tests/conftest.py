@@ -22,6 +22,15 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _freed_memory_goes_back():
+    """The runner tells the allocator to keep what is freed, for good: over thousands of tests, some of them of
+    full-size models, a process would grow by many GiB."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('ewa3d.engine.runner.keep_freed_memory', lambda: True)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)

@@ -121,7 +121,7 @@ def test_lists_of_other_data(root):
     with pytest.raises(ValueError, match='no class of ShapeNet-55'):
         ShapeNet55(root)
     write_lists(root / 'ShapeNet-55', train=[])
-    with pytest.raises(ValueError, match='no samples'):
+    with pytest.raises(ValueError, match='the list is empty'):
         ShapeNet55(root)
     (root / 'ShapeNet-55' / 'train.txt').write_bytes(b'\xff\xfe\x00binary')
     with pytest.raises(ValueError, match='no name of a cloud'):

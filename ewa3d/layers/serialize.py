@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.ops import gather
+from ewa3d.ops.points import exporting
 from ewa3d.registry import nearest
 from ewa3d.structures import Tokens
 
@@ -152,6 +153,9 @@ def curve_order(coord: Tensor, order: str = 'hilbert', grid_size: float = 0.02, 
     if order.endswith('-trans'):
         cells = torch.cat([cells[..., :2].flip(-1), cells[..., 2:]], -1)
     code = (hilbert_encode if order.startswith('hilbert') else z_encode)(cells, depth)
+    L = code.shape[1]
+    if exporting() and depth * coord.shape[-1] <= 42:  # ONNX has no stable sort: numbers of which none are alike
+        return (code * 2 ** 20 + torch.arange(L, device=code.device)).argsort(dim=1)
     return code.argsort(dim=1, stable=True)
 
 

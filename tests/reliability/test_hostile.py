@@ -237,7 +237,7 @@ def stored_model(**changes) -> bytes:
         type='TokenEncoder', embed_dim=16, num_heads=2, tokenizer=dict(
             type='PointPatchEmbed', num_groups=6, group_size=6, embed_dim=16, widths=(8, 8, 16), pos_dim=8)),
         neck=dict(type='TokenPool'), head=dict(type='ClsHead', num_classes=2))
-    model['backbone'].update(depth=2, **changes)
+    model['backbone'].update({'depth': 2, **changes})
     return saved(dict(state_dict=dict(a=torch.ones(3)), meta=dict(cfg=dict(model=model))))
 
 

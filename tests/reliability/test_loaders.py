@@ -15,7 +15,8 @@ from ewa3d.registry import DATASETS
 
 ERRORS = (ValueError, TypeError, KeyError, OSError)
 TEXT = ('.txt', '.json', '.pts', '.seg', '.off', '.csv')
-WITHOUT_FILES = {'Digits', 'MixedDataset', 'MovingShapes', 'PointDataset', 'SyntheticScenes', 'SyntheticShapes'}
+WITHOUT_FILES = {'Digits', 'MixedDataset', 'MovingClouds', 'MovingShapes', 'PointDataset', 'SyntheticScenes',
+                 'SyntheticShapes'}
 
 
 def build(cfg: dict):

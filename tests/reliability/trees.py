@@ -57,6 +57,17 @@ def folder(root):
 
 
 @tree
+def folder_parts(root):
+    put(root / 'parts.json', json.dumps({'räder': ['rim', 'tyre'], 'b c': ['all']}, ensure_ascii=False))
+    for i, (name, parts) in enumerate((('räder', 2), ('b c', 1))):
+        rows = cloud(i)[:, :3]
+        put_array(root / 'train' / name / 'a 1.npy', np.column_stack([rows, np.arange(len(rows)) % parts]))
+        put_text(root / 'train' / name / 'b.txt', rows)
+        put(root / 'train' / name / 'b.seg', ''.join(f'{j % parts}\n' for j in range(len(rows))))
+    return dict(type='FolderParts', data_root=root)
+
+
+@tree
 def modelnet_txt(root):
     put(root / 'modelnet40_train.txt', 'chair_0001\nnight_stand_0002\n')
     for i, name in enumerate(('chair/chair_0001', 'night_stand/night_stand_0002')):

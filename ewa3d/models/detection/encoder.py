@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.layers.block import Block
+from ewa3d.ops.points import exporting
 from ewa3d.registry import MODELS, nearest
 
 __all__ = ['ACTIVATIONS', 'SetEncoder', 'init_xavier']
@@ -69,7 +70,8 @@ class SetEncoder(nn.Module):
             near = None
             if radius:
                 if distance is None:  # all differences: the default of `cdist` loses digits in products
-                    distance = torch.cdist(coord, coord, compute_mode='donot_use_mm_for_euclid_dist')
+                    distance = torch.linalg.vector_norm(coord.unsqueeze(2) - coord.unsqueeze(1), dim=-1) if exporting() \
+                        else torch.cdist(coord, coord, compute_mode='donot_use_mm_for_euclid_dist')
                 near = (distance < radius).unsqueeze(1)  # (B, 1, L, L): itself always
             x = block(x, attn_mask=near)
             if i == 0 and self.downsample is not None:

@@ -26,7 +26,7 @@ IMAGES = [dict(type='ImageTransforms', transforms=[dict(name='RandomCrop', size=
                                                    dict(name='RandomHorizontalFlip'), dict(name='ToImage')])]
 CLIPS = [dict(type='LoadClip', clip_len=3), dict(type='LoadClip', clip_len=2, sampling='dense', num_clips=2, test=True)]
 ENDS = {'points': dict(type='Pack'), 'boxes': dict(type='PackBoxes'), 'img': dict(type='PackImage'),
-        'video': dict(type='PackClip')}
+        'video': dict(type='PackClip'), 'clouds': dict(type='PackClouds')}
 AFTER_CLIPS = [dict(type='ClipFlip'), dict(type='ThreeCrop', size=2)]
 STEPS = [*CLOUDS, *SCENES, *IMAGES, *CLIPS, *AFTER_CLIPS, *ENDS.values()]
 
@@ -138,6 +138,19 @@ def test_clips(step):
         views = 3 * step.get('num_clips', 1)
         assert packed['inputs']['video'].shape == (views, step['clip_len'], 3, 2, 2)
         assert packed['inputs']['video'].isfinite().all()
+
+    check()
+
+
+@pytest.mark.parametrize('frames', [1, 3])
+def test_clips_of_clouds(frames):
+    @settings()
+    @hypothesis.given(points)
+    def check(xyz):
+        clip = np.concatenate([np.column_stack([xyz, np.full(len(xyz), frame, np.float32)]) for frame in range(frames)])
+        packed = apply(sample(0, points=clip[::-1].copy(), normals=False, up_axis='z'), ENDS['clouds'])
+        expected = torch.from_numpy(np.stack([xyz[::-1]] * frames))
+        assert torch.equal(packed['inputs']['points'], expected)
 
     check()
 
