@@ -255,3 +255,17 @@ def test_the_runs_seed_reaches_the_augmentation_of_the_training_data():
     assert torch.equal(first_cloud(0), first_cloud(0))
     assert not torch.equal(first_cloud(0), first_cloud(1))
     assert torch.equal(first_cloud(0, seed=5), first_cloud(1, seed=5))
+
+
+def test_what_is_kept_of_the_scalars_does_not_grow(tmp_path, monkeypatch):
+    """The lines of the metrics are the same whatever is kept."""
+    found = []
+    for kept in (1000, 2):
+        monkeypatch.setattr('ewa3d.engine.hooks.KEPT_SCALARS', kept)
+        runner = Runner.from_cfg(toy_config(tmp_path / str(kept), ewa=True, epochs=3))
+        runner.train()
+        lines = map(json.loads, (tmp_path / str(kept) / 'metrics.jsonl').read_text().splitlines())
+        found.append([{key: value for key, value in line.items() if key != 'time'} for line in lines])
+    assert found[0] == found[1]
+    steps = len(runner.train_dataloader)
+    assert max(len(history.data[0]) for history in runner.message_hub.log_scalars.values()) <= 2 + steps

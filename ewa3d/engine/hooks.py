@@ -235,6 +235,9 @@ def walk_datasets(dataset) -> Iterator:
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics and log
 # ---------------------------------------------------------------------------------------------------------------------
+KEPT_SCALARS = 1000  # of each value, from one epoch to the next; the log takes means over a few
+
+
 @HOOKS.register_module()
 class MetricsHook(Hook):
     """``metrics.jsonl`` in the work dir: one line per training epoch, one per evaluation.
@@ -282,6 +285,8 @@ class MetricsHook(Hook):
 
     def before_train_epoch(self, runner) -> None:
         self._started = time.perf_counter()
+        for history in runner.message_hub.log_scalars.values():  # each step copies them: they must not grow for days
+            history._log_history, history._count_history = (part[-KEPT_SCALARS:] for part in history.data)
         self._lengths = {name: len(history.data[0]) for name, history in runner.message_hub.log_scalars.items()}
         for name, values in self._resumed.items():
             for value in values:

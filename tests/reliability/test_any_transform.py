@@ -40,7 +40,8 @@ videos = arrays.arrays(np.uint8, st.tuples(st.integers(1, 4), st.integers(2, 5),
 
 
 def settings(count: int = EXAMPLES):
-    return hypothesis.settings(max_examples=count, deadline=None, database=None, derandomize=True)
+    return hypothesis.settings(max_examples=count, deadline=None, database=None, derandomize=True,
+                               suppress_health_check=list(hypothesis.HealthCheck))  # they go by the clock
 
 
 def sample(seed: int, **content) -> dict:
@@ -160,7 +161,7 @@ def test_clouds_are_packed_as_they_are():
     @hypothesis.given(points)
     def check(xyz):
         packed = apply(cloud(xyz, 0, False), ENDS['points'])
-        assert torch.equal(packed['inputs']['points'], torch.from_numpy(as_cloud(xyz, 'x')))
+        assert np.array_equal(packed['inputs']['points'].numpy(), as_cloud(xyz, 'x'))
         assert packed['data_samples'].gt_parts.tolist() == list(range(len(xyz)))
 
     check()

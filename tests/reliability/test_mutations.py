@@ -130,7 +130,8 @@ def test_any_array_is_a_cloud_or_an_error():
     kinds = hypothesis.strategies.one_of(arrays.floating_dtypes(), arrays.integer_dtypes(), arrays.boolean_dtypes())
     any_array = arrays.arrays(kinds, arrays.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=8))
 
-    @hypothesis.settings(max_examples=150, deadline=None, database=None, derandomize=True)
+    @hypothesis.settings(max_examples=150, deadline=None, database=None, derandomize=True,
+                         suppress_health_check=list(hypothesis.HealthCheck))
     @hypothesis.given(any_array)
     def check(array):
         try:
@@ -151,7 +152,8 @@ def test_any_table_is_read_as_it_was_written(tmp_path):
     number = st.floats(-1e6, 1e6, width=32)
     rows = st.lists(st.tuples(number, number, number), min_size=1, max_size=6)
 
-    @hypothesis.settings(max_examples=100, deadline=None, database=None, derandomize=True)
+    @hypothesis.settings(max_examples=100, deadline=None, database=None, derandomize=True,
+                         suppress_health_check=list(hypothesis.HealthCheck))
     @hypothesis.given(rows, st.sampled_from([' ', ',', '\t', ';', ', ']), st.sampled_from(['\n', '\r\n', '\n\n']),
                       st.sampled_from(['', '\ufeff']), st.sampled_from(['', '# a note\n', 'x y z\n']))
     def check(rows, mark, end, bom, head):
