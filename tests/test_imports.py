@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-OPTIONAL = ('timm', 'torchvision', 'open3d', 'pytorch3d', 'matplotlib', 'h5py', 'scipy', 'sklearn', 'safetensors')
+OPTIONAL = ('timm', 'torchvision', 'open3d', 'pytorch3d', 'matplotlib', 'h5py', 'scipy', 'numba', 'sklearn',
+            'safetensors')
 ABSENT = f"""
 import sys
 
