@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ewa3d import expand
 from ewa3d.registry import MODELS
 
 CONFIG = dict(
@@ -37,3 +38,24 @@ def test_compiled_training_step_has_the_gradients_of_eager_mode():
     assert torch.isfinite(compiled).all()
     assert F.cosine_similarity(eager, compiled, dim=0) > 0.95
     assert torch.isclose(eager.norm(), compiled.norm(), rtol=0.1)
+
+
+@pytest.mark.parametrize('checkpointing', [False, True], ids=['', 'checkpointing'])
+@pytest.mark.parametrize('experts', [0, 3], ids=['plain', 'EWA'])
+def test_blocks_are_one_graph_with_the_randomness_of_eager_mode(experts, checkpointing):
+    """``fullgraph``: a break would be an error. Outputs, gradients and the generator's state, bit for bit."""
+    encoder = MODELS.build(dict(CONFIG['backbone'], depth=1, drop_path_rate=0.4, proj_drop=0.2,
+                                grad_checkpointing=checkpointing))
+    if experts:
+        expand(encoder, [dict(type='EWAFFN', at='blocks.*.mlp', num_experts=experts)])
+    x, pos = torch.randn(5, 8, 16), torch.randn(5, 8, 16)
+    compiled = torch.compile(encoder.encode, backend='aot_eager', fullgraph=True)
+    for training in (True, False):
+        found = []
+        for encode in (encoder.train(training).encode, compiled):
+            encoder.zero_grad()
+            torch.manual_seed(1)
+            out = encode(x, pos)
+            out.square().mean().backward()
+            found.append([out, *(p.grad for p in encoder.blocks.parameters()), torch.get_rng_state()])
+        assert all(torch.equal(a, b) for a, b in zip(*found))

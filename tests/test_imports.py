@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-OPTIONAL = ('timm', 'torchvision', 'open3d', 'pytorch3d', 'matplotlib', 'h5py', 'scipy', 'sklearn', 'safetensors',
-            'onnx', 'onnxscript', 'onnxruntime')
+OPTIONAL = ('timm', 'torchvision', 'open3d', 'pytorch3d', 'matplotlib', 'h5py', 'scipy', 'numba', 'sklearn',
+            'safetensors', 'onnx', 'onnxscript', 'onnxruntime')
 ABSENT = f"""
 import sys
 

@@ -4,12 +4,15 @@ A shared machine drifts: what is timed one minute after the other differs by mor
 So the variants of a :class:`Case` take turns, each round in another order, and a ratio is the median over the rounds
 of (variant / baseline) within one round. Numbers are reported, never judged.
 """
+import ctypes
+import gc
 import itertools
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -123,7 +126,8 @@ def measure(case: Case, settings: Settings, suite: str = '') -> list[Row]:
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that one call holds at a time, beside those that were there before."""
+    """The most bytes that one call holds at a time, beside those that were there before: of tensors, and on a CPU,
+    where Linux tells, of everything, numpy's arrays and scipy's trees included."""
     if device.type == 'cuda':
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -133,7 +137,28 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
     events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    peak = max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    del events, profile
+    gc.collect()
+    before = _resident(forget_peak=True)
+    if before is None:
+        return peak
+    function()
+    return max(peak, _resident()['VmHWM'] - before['VmRSS'])
+
+
+def _resident(forget_peak: bool = False) -> dict[str, int] | None:
+    """Bytes of this process in memory now and at their peak, ``VmRSS`` and ``VmHWM``; ``None`` where that is not
+    known. ``forget_peak`` gives what is free back to the system and begins a new peak."""
+    try:
+        if forget_peak:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path('/proc/self/clear_refs').write_text('5')
+        lines = Path('/proc/self/status').read_text().splitlines()
+    except (OSError, AttributeError):  # another system, another C library, no permission
+        return None
+    found = (line.split() for line in lines if line.startswith(('VmRSS', 'VmHWM')))
+    return {name.rstrip(':'): int(number) * 1024 for name, number, _ in found}
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -1,6 +1,9 @@
 """Operators on points and boxes and attention against plain torch forms of the same thing."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -32,6 +35,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         cloud = _clouds(batch, points, settings)
         yield Case(f'fps {batch}×{points}→{samples}', {
             'mask assign': _bound(fps_mask_assign, cloud, samples),
+            'x, y, z apart, in place': _bound(fps_in_place, cloud, samples),
             'ewa3d': _bound(ops.fps, cloud, samples)})
     for batch, points, queries, k in QUICK_KNN if settings.quick else KNN_SIZES:
         cloud = _clouds(batch, points, settings)
@@ -39,7 +43,8 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield Case(f'knn {batch}×{points}, {queries} queries, k={k}', {
             'cdist + topk': _bound(knn_cdist, centres, cloud, k),
             'centred product + topk': _bound(knn_centred_product, centres, cloud, k),
-            'ewa3d': _bound(ops.knn, centres, cloud, k)})
+            'k-d trees': _bound(knn_trees, centres, cloud, k),
+            'ewa3d': _bound(ops.knn, centres, cloud, k)}, memory=True)
     for batch, points, queries, radius, k in QUICK_BALL if settings.quick else BALL_SIZES:
         cloud = room(points, settings).expand(batch, -1, -1)
         centres = cloud[:, :queries].contiguous()
@@ -50,7 +55,9 @@ def cases(settings: Settings) -> Iterator[Case]:
         shape = (count, points, 3)
         yield Case(f'chamfer {count}×{points}', {
             'cdist, full graph': _trained(chamfer_cdist, (shape, shape), 'fp32', settings),
-            'ewa3d': _trained(ops.chamfer_distance, (shape, shape), 'fp32', settings)})
+            'argmin + gather': _trained(partial(chamfer_gather, nearest_argmin), (shape, shape), 'fp32', settings),
+            'k-d trees + gather': _trained(partial(chamfer_gather, nearest_trees), (shape, shape), 'fp32', settings),
+            'ewa3d': _trained(ops.chamfer_distance, (shape, shape), 'fp32', settings)}, memory=True)
     for patches, points, channels, out in QUICK_POINTWISE if settings.quick else POINTWISE_SIZES:
         shapes = (patches, points, channels), (out, channels)
         yield Case(f'pointwise {patches}×{points}, {channels}→{out}', {
@@ -84,6 +91,22 @@ def fps_mask_assign(points: Tensor, num: int) -> Tensor:
     return chosen
 
 
+def fps_in_place(points: Tensor, num: int) -> Tensor:
+    """Farthest point sampling on x, y, z of their own, every step in the same memory."""
+    x, y, z = (points[..., i].contiguous() for i in range(3))
+    nearest, distance, term = torch.full_like(x, float('inf')), torch.empty_like(x), torch.empty_like(x)
+    chosen = torch.zeros(len(points), num, dtype=torch.long, device=points.device)
+    last = chosen[:, :1]
+    for i in range(num):
+        chosen[:, i:i + 1] = last
+        torch.sub(x, x.gather(1, last), out=distance).square_()
+        distance += torch.sub(y, y.gather(1, last), out=term).square_()
+        distance += torch.sub(z, z.gather(1, last), out=term).square_()
+        torch.minimum(nearest, distance, out=nearest)
+        last = nearest.argmax(1, keepdim=True)
+    return chosen
+
+
 def knn_cdist(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """k nearest neighbours from all differences (exact far from the origin): distances and indices ``(B, M, k)``."""
     return torch.cdist(query, points, compute_mode='donot_use_mm_for_euclid_dist').topk(k, largest=False)
@@ -98,6 +121,18 @@ def knn_centred_product(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, 
     return near + query.square().sum(-1, keepdim=True), index
 
 
+def knn_trees(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """k nearest neighbours by scipy's k-d trees, clouds on threads; ties as the tree takes them. On a CPU."""
+    from scipy.spatial import cKDTree
+
+    def search(one: np.ndarray, cloud: np.ndarray):
+        workers = torch.get_num_threads() if len(points) == 1 else 1
+        return cKDTree(cloud, balanced_tree=False, compact_nodes=False).query(one, k=range(1, k + 1), workers=workers)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        distance, index = zip(*pool.map(search, query.cpu().numpy(), points.cpu().numpy()))
+    return torch.from_numpy(np.stack(distance)).to(query) ** 2, torch.from_numpy(np.stack(index)).to(query.device)
+
+
 def ball_query_topk(query: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
     """The first ``k`` points of each ball the way it is usually written: the smallest indices of those inside."""
     outside = torch.cdist(query, points, compute_mode='donot_use_mm_for_euclid_dist') >= radius
@@ -110,6 +145,28 @@ def chamfer_cdist(x: Tensor, y: Tensor) -> Tensor:
     """The squared Chamfer distance with all pairs in the graph (and exact far from the origin)."""
     distance = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square()
     return distance.min(1)[0].mean() + distance.min(2)[0].mean()
+
+
+def chamfer_gather(nearest: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """The squared Chamfer distance from indices ``nearest(x, y)`` that are found outside of the graph."""
+    with torch.no_grad():
+        there, back = nearest(x, y), nearest(y, x)
+
+    def squared(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+        return (a - b.gather(1, index.unsqueeze(-1).expand(-1, -1, 3))).square().sum(-1).mean()
+    return squared(x, y, there) + squared(y, x, back)
+
+
+def nearest_argmin(x: Tensor, y: Tensor) -> Tensor:
+    """``(B, N)``: the nearest point of ``y``, some clouds at a time."""
+    clouds = max(1, (1 << 22) // (x.shape[1] * y.shape[1]))
+    return torch.cat([torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist').argmin(-1)
+                      for a, b in zip(x.split(clouds), y.split(clouds))])
+
+
+def nearest_trees(x: Tensor, y: Tensor) -> Tensor:
+    """:func:`nearest_argmin` by k-d trees."""
+    return knn_trees(x, y, 1)[1].squeeze(-1)
 
 
 def _clouds(batch: int, points: int, settings: Settings) -> Tensor:

@@ -50,7 +50,7 @@ def init_gloo(launcher: str, timeout: float) -> None:
 def versions() -> dict[str, str]:
     """The versions that a result depends on; packages are not imported for it."""
     found = dict(ewa3d=ewa3d.__version__, python=platform.python_version(), system=platform.platform(terse=True))
-    for name in ('torch', 'numpy', 'mmengine', 'timm', 'torchvision', 'scipy', 'numba'):
+    for name in ('torch', 'numpy', 'mmengine', 'timm', 'torchvision', 'scipy', 'numba', 'pytorch3d'):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -5,6 +5,8 @@ than the block's points are from the picks before, so in a large cloud, whose bl
 of them are passed over. That is exact: rounding never turns an order around, and the distance to a box, formed by the
 same operations as that to a point, is at most the one to any point in it. No tolerance is needed, and no operations are
 fused or reordered.
+
+(Nearest neighbours in such loops were no faster than scipy's trees.)
 """
 import functools
 from collections.abc import Callable
@@ -36,7 +38,7 @@ def compiled() -> Callable | None:
 
 
 def sample(kernel: Callable, points: Tensor, num: int, start: Tensor, nearest: Tensor) -> Tensor:
-    """``num`` picks of each cloud ``(B, num)``, on as many threads as torch uses, some of the clouds each.
+    """``num`` picks of each cloud, ``(B, num)``.
 
     Args:
         kernel: :func:`farthest`, compiled.
@@ -47,26 +49,36 @@ def sample(kernel: Callable, points: Tensor, num: int, start: Tensor, nearest: T
     picks = np.empty((B, num), np.int64)
 
     def work(rows: slice) -> None:
-        some, near = points[rows], nearest[rows]
-        if N > LENGTH and num * N >= SORTED:
-            ids = np.stack([together(cloud) for cloud in some])
-            some, near = np.take_along_axis(some, ids[..., None], 1), np.take_along_axis(near, ids, 1)
-        else:
-            ids, near = np.broadcast_to(np.arange(N), near.shape).copy(), near.copy()
-        axes = np.ascontiguousarray(some.transpose(0, 2, 1))
+        axes, ids = in_blocks(points[rows], num * N >= SORTED)
+        near = np.take_along_axis(nearest[rows], ids, 1)
         kernel(axes, near, near.view(f'i{near.itemsize}'), ids, start[rows], LENGTH, picks[rows])
 
-    threads = min(torch.get_num_threads(), B)
-    if threads == 1:
-        work(slice(None))
-    else:
-        bounds = [B * i // threads for i in range(threads + 1)]
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, map(slice, bounds, bounds[1:])))
+    on_threads(work, B)
     return torch.from_numpy(picks)
 
 
-def together(points: np.ndarray) -> np.ndarray:
+def on_threads(work: Callable[[slice], None], size: int) -> None:
+    """``work(slice)`` of all of ``size`` things, on as many threads as torch uses, some of the things each."""
+    threads = min(torch.get_num_threads(), size)
+    bounds = [size * i // max(threads, 1) for i in range(threads + 1)]
+    if threads <= 1:
+        work(slice(None))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, map(slice, bounds, bounds[1:])))
+
+
+def in_blocks(points: np.ndarray, together: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates ``(B, 3, N)`` one block after another and which points these are, ``(B, N)``, ascending in a block:
+    as they come, or such that those of a block lie ``together``."""
+    B, N, _ = points.shape
+    if not together or N <= LENGTH:
+        return np.ascontiguousarray(points.transpose(0, 2, 1)), np.broadcast_to(np.arange(N), (B, N)).copy()
+    ids = np.stack([along_curve(cloud) for cloud in points])
+    return np.stack([cloud.T[:, rows] for cloud, rows in zip(points, ids)]), ids
+
+
+def along_curve(points: np.ndarray) -> np.ndarray:
     """The rows of a cloud in an order in which those of a block lie together: along a z-order curve through a grid of
     32³ cells. The rows of a block are in order. (A cloud of which most lies in one cell is slower, nothing else.)"""
     points = points.astype(np.float64)
@@ -82,7 +94,7 @@ def together(points: np.ndarray) -> np.ndarray:
 
 
 def farthest(axes, nearest, bits, ids, start, length, picks):
-    """Fill ``picks`` ``(B, num)``. Plain Python that numba can compile: loops over numbers.
+    """Fill ``picks`` ``(B, num)``. Plain Python that numba compiles: loops over numbers.
 
     Args:
         axes: coordinates ``(B, 3, N)``, blocks of ``length`` points one after another.
