@@ -159,7 +159,6 @@ CASES = {
     '3DETR-m': (detector(mask_radius=(0.4, 0.8), downsample=THINNED), dict(num_points=60)),
     'RePa': (classifier(expand=[dict(type='RePaFFN', at='backbone.blocks.*.mlp')]), dict(num_points=40)),
     'S4D along a curve': (classifier(order='hilbert', expand=[dict(STATE_SPACE, length=7)]), dict(num_points=40)),
-    'S4D of any length': (classifier(order='z', expand=[STATE_SPACE]), dict(num_points=40)),
     'S4D of pixels': (dict(type='TaskModel', backbone=dict(type='SequenceEncoder', img_size=4, embed_dim=16, depth=1),
                            neck=dict(type='TokenPool', mode='mean', num_prefix_tokens=0),
                            head=dict(type='ClsHead', form='linear', num_classes=3),
@@ -184,6 +183,13 @@ def test_families(name, onnx, tmp_path):
         assert found.keys() == expected.keys() == report.record['outputs'].keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-3)
+
+
+def test_kernels_of_any_length_are_refused(onnx, tmp_path):
+    source = saved(tmp_path, classifier(order='z', expand=[STATE_SPACE]))
+    with pytest.raises(NotImplementedError, match='cannot be exported to ONNX: the exporter knows no aten'):
+        export_checkpoint(source, tmp_path / 'out.onnx', num_points=40)
+    assert not (tmp_path / 'out.onnx').exists()
 
 
 def test_experts_that_stay_know_one_size_of_batch(onnx, tmp_path):

@@ -15,6 +15,8 @@ from ewa3d.structures import Tokens
 
 __all__ = ['TokenEncoder', 'TransformerStack', 'block_numbers']
 
+MOST_BLOCKS = 10_000
+
 
 class TransformerStack(nn.Module):
     """``blocks`` and a final ``norm``, with a positional embedding that is added again before every block, or once.
@@ -43,6 +45,8 @@ class TransformerStack(nn.Module):
                                     ('proj_drop', proj_drop, '[0, 1]'), ('attn_drop', attn_drop, '[0, 1]'),
                                     ('norm_eps', norm_eps, '[0, inf)')):
             check_number(f'{where}: {name}', value, within)
+        if depth > MOST_BLOCKS:  # before anything is made in proportion to a number that a file may have brought along
+            raise ValueError(f'depth={depth} is more than {MOST_BLOCKS} blocks')
         rates = torch.linspace(0, drop_path_rate, depth).tolist()
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop, drop_path=rate)

@@ -69,9 +69,8 @@ class SetEncoder(nn.Module):
         for i, (block, radius) in enumerate(zip(self.blocks, self.radii)):
             near = None
             if radius:
-                if distance is None:  # all differences: the default of `cdist` loses digits in products
-                    distance = torch.linalg.vector_norm(coord.unsqueeze(2) - coord.unsqueeze(1), dim=-1) if exporting() \
-                        else torch.cdist(coord, coord, compute_mode='donot_use_mm_for_euclid_dist')
+                if distance is None:
+                    distance = _all_distances(coord)
                 near = (distance < radius).unsqueeze(1)  # (B, 1, L, L): itself always
             x = block(x, attn_mask=near)
             if i == 0 and self.downsample is not None:
@@ -137,3 +136,11 @@ def _radii(mask_radius: Sequence[float | None] | None, depth: int, compat: bool)
                          f'{mask_radius!r}')
     radii = [check_number('SetEncoder: each of mask_radius', radius or 0., '[0, inf)') for radius in mask_radius]
     return tuple(radius ** 2 if compat else radius for radius in radii)
+
+
+def _all_distances(coord: Tensor) -> Tensor:
+    """``(B, L, L)`` of ``(B, L, 3)``, from differences: the default of ``cdist`` loses digits in products. Other runtimes
+    have no ``cdist``."""
+    if exporting():
+        return (coord.unsqueeze(2) - coord.unsqueeze(1)).square().sum(-1).sqrt()
+    return torch.cdist(coord, coord, compute_mode='donot_use_mm_for_euclid_dist')
