@@ -139,8 +139,8 @@ def _radii(mask_radius: Sequence[float | None] | None, depth: int, compat: bool)
 
 
 def _all_distances(coord: Tensor) -> Tensor:
-    """``(B, L, L)`` of ``(B, L, 3)``, from differences: the default of ``cdist`` loses digits in products. Other runtimes
-    have no ``cdist``."""
+    """``(B, L, L)`` of ``(B, L, 3)``, from differences: the default of ``cdist`` loses digits in products. Runtimes of
+    exported graphs have no ``cdist``."""
     if exporting():
         return (coord.unsqueeze(2) - coord.unsqueeze(1)).square().sum(-1).sqrt()
     return torch.cdist(coord, coord, compute_mode='donot_use_mm_for_euclid_dist')
