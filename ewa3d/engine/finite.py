@@ -94,8 +94,7 @@ class FiniteHook(Hook):
     def _are_finite(self, gradients: list[Tensor]) -> bool:
         flags = [loss.isfinite().all() for loss in self._losses]
         if gradients:
-            largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-            flags.append(getattr(largest, 'full_tensor', lambda: largest)().isfinite())
+            flags.append(_finite(gradients, 2.) or _finite(gradients, math.inf))  # squares may leave the range
         finite = torch.stack([flag.to(flags[0].device) for flag in flags]).all().int()
         all_reduce(finite, 'min')  # a loss may be NaN on one rank only
         return bool(finite)
@@ -127,6 +126,12 @@ class FiniteHook(Hook):
             value.copy_(kept[1][name])
         return (f'iteration {self.runner.iter + 1}, epoch {self.runner.epoch + 1}: {what}; {found}; '
                 f'samples of the batch: {some(sample_names(batch), 32)}')
+
+
+def _finite(gradients: list[Tensor], order: float) -> Tensor:
+    """Whether their norm is finite; that of order 2 is many times as fast as the largest number on a CPU."""
+    norm = torch.nn.utils.get_total_norm(gradients, order)
+    return getattr(norm, 'full_tensor', lambda: norm)().isfinite()
 
 
 def is_finite(value) -> bool:
