@@ -82,6 +82,14 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, where, wrapper):
     assert hub['skipped_steps'] == 2 and hub['skipped_in_row'] == 0
 
 
+@pytest.mark.parametrize(('value', 'fine'), [(1., True), (1e30, True), (3e38, True), (math.inf, False),
+                                             (-math.inf, False), (math.nan, False)])
+def test_large_gradients_are_finite(value, fine):
+    hook = FiniteHook()
+    hook.see(torch.zeros(()))
+    assert hook._are_finite([torch.ones(3), torch.tensor([[value, 0.]]), torch.zeros(())]) is fine
+
+
 def test_skipping_does_not_disturb_what_follows(tmp_path):
     """Naming the module costs a second forward; the random generators do not notice."""
     states = []
