@@ -5,12 +5,13 @@ import signal
 
 import pytest
 import torch.distributed as dist
-from engine_toys import same
+from engine_toys import same, toy_config
 from rank_toys import ended, faulty_config, start_by_hand, start_by_torchrun
 
 from ewa3d.engine import ranks
 from ewa3d.engine.checkpoint import find_last_checkpoint, read_checkpoint
 from ewa3d.engine.ranks import PeerError, process_group_timeout, together
+from ewa3d.engine.runner import Runner
 
 
 # ---- what a rank makes of an error, in a group of one ---------------------------------------------------------------
@@ -66,6 +67,16 @@ def test_the_timeout():
             process_group_timeout(dict(dist_cfg=dict(timeout=wrong)))
     with pytest.raises(TypeError, match=r'env_cfg\.dist_cfg\.timeout'):
         process_group_timeout(dict(dist_cfg=dict(timeout='5')))
+
+
+def test_a_data_set_that_is_too_small(monkeypatch, tmp_path):
+    loader = toy_config(tmp_path)['train_dataloader']
+    monkeypatch.setattr('ewa3d.engine.runner.get_world_size', lambda: 25)
+    with pytest.raises(ValueError, match='ToyClouds has 24 samples, which are fewer than the 25 processes'):
+        Runner.build_dataloader(loader)
+    monkeypatch.setattr('ewa3d.engine.runner.get_world_size', lambda: 2)
+    with pytest.raises(ValueError, match='24 samples for 2 processes, which is less than one batch of 100'):
+        Runner.build_dataloader(dict(loader, batch_size=100))
 
 
 # ---- two of them ----------------------------------------------------------------------------------------------------
