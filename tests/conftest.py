@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import pytorch3d_toy
 import torch
+from mmengine.registry import DefaultScope
 
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / 'data'
@@ -29,6 +30,12 @@ def _freed_memory_goes_back():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('ewa3d.engine.runner.keep_freed_memory', lambda: True)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_default_scope():
+    """A runner of an earlier test leaves its registry scope behind: a test must not pass or fail by its order."""
+    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch.distributed as dist
 from engine_toys import same, toy_config
+from mmengine.registry import init_default_scope
 from rank_toys import ended, faulty_config, start_by_hand, start_by_torchrun
 
 from ewa3d.engine import ranks
@@ -70,6 +71,7 @@ def test_the_timeout():
 
 
 def test_a_data_set_that_is_too_small(monkeypatch, tmp_path):
+    init_default_scope('ewa3d')
     loader = toy_config(tmp_path)['train_dataloader']
     monkeypatch.setattr('ewa3d.engine.runner.get_world_size', lambda: 25)
     with pytest.raises(ValueError, match='ToyClouds has 24 samples, which are fewer than the 25 processes'):
