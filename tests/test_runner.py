@@ -6,6 +6,7 @@ import pytest
 import torch
 from engine_toys import CLASSES, on_cpu, same, toy_config  # noqa: F401
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from torch.utils.data import DataLoader
 
 from ewa3d.engine.checkpoint import read_checkpoint, write_checkpoint
@@ -237,6 +238,7 @@ def test_a_resumed_file_cannot_point_outside(tmp_path):
 
 
 def test_data_loaders(tmp_path):
+    init_default_scope('ewa3d')
     cfg = toy_config(tmp_path)['train_dataloader']
     loader = Runner.build_dataloader(dict(cfg, persistent_workers=True, num_workers=0), seed=3)
     assert isinstance(loader, DataLoader) and Runner.build_dataloader(loader) is loader

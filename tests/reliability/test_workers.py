@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from engine_toys import on_cpu, same, toy_config  # noqa: F401
+from mmengine.registry import init_default_scope
 from rank_toys import faulty_config
 
 from ewa3d.cli import one_line
@@ -61,6 +62,7 @@ def test_workers_leave_signals_to_the_process_that_started_them(tmp_path):
 
 
 def test_a_loader_of_ones_own_is_left_alone(tmp_path):
+    init_default_scope('ewa3d')
     cfg = toy_config(tmp_path, epochs=1)
     data = Runner.build_dataloader(cfg['train_dataloader']).dataset
     loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=1)
