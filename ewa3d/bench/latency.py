@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ewa3d.bench.harness import Case, Settings, Work
 from ewa3d.bench.step import FULL, QUICK, classifier
 
-__all__ = ['RULES', 'cases', 'flops']
+__all__ = ['OTHERS', 'RULES', 'SMALL', 'cases', 'flops', 'ordered', 'placed']
 
 # The classifier of configs/relatives.
 SMALL = dict(points=1024, num_groups=32, group_size=16, dim=96, depth=6, heads=4, classes=10, widths=(32, 64, 128))
@@ -61,8 +61,18 @@ def flops(model: nn.Module, inputs) -> int:
 
 
 def _clouds(size: dict, batch: int, name: str) -> Callable[[], tuple[nn.Module, object]]:
-    order = dict(order='hilbert') if name.startswith('S4D') else {}  # a mixer of sequences visits tokens along a curve
-    return lambda: (classifier(size, **order), dict(points=torch.randn(batch, size['points'], 3)))
+    return lambda: (classifier(size, **ordered(name)), dict(points=torch.randn(batch, size['points'], 3)))
+
+
+def ordered(name: str) -> dict[str, str]:
+    """The encoder's option of a method: a mixer of sequences visits tokens along a curve."""
+    return dict(order='hilbert') if name.startswith('S4D') else {}
+
+
+def placed(rules: list[dict], prefix: str, length: int | None) -> list[dict]:
+    """The rules for a model whose blocks lie at ``prefix``; ``length`` of its sequences is told to who asks for it."""
+    return [{**rule, **(dict(length=length) if rule['type'] == 'S4D' else {}), 'at': prefix + rule['at']}
+            for rule in rules]
 
 
 def _images(quick: bool, batch: int) -> Callable[[], tuple[nn.Module, object]]:
@@ -83,9 +93,7 @@ def _forward(settings: Settings, dtype: str, make: Callable[[], tuple[nn.Module,
         one = {key: value[:1] for key, value in inputs.items()} if isinstance(inputs, dict) else inputs[:1]
         model.eval()
         plain = flops(model, one)
-        if rules:
-            length = dict(length=model.backbone.tokenizer.num_groups + 1) if rules[0]['type'] == 'S4D' else {}
-            expand(model, [{**rule, **length, 'at': prefix + rule['at']} for rule in rules])
+        expand(model, placed(rules, prefix, model.backbone.tokenizer.num_groups + 1 if prefix else None))
         training = count_params(model)
         fuse(model.eval().requires_grad_(False))
         work = flops(model, one)

@@ -6,7 +6,21 @@ from pathlib import Path
 
 import torch
 
-from ewa3d.bench import data, detection, latency, layers, memory, mixers, ops, parts, pretrain, scaling, step, vit
+from ewa3d.bench import (
+    data,
+    detection,
+    latency,
+    layers,
+    memory,
+    mixers,
+    ops,
+    parts,
+    pretrain,
+    relatives,
+    scaling,
+    step,
+    vit,
+)
 from ewa3d.bench.harness import CLOCKS, DTYPES, Case, Row, Settings, measure, report, table
 from ewa3d.cli.options import Parser
 from ewa3d.engine.memory import keep_freed_memory
@@ -19,6 +33,7 @@ __all__ = ['SUITES', 'main', 'run']
 SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
     'step': step.cases,          # training steps: plain, EWA, as published
     'latency': latency.cases,    # inference: plain, and fused from EWA and its relatives, with parameters and FLOPs
+    'relatives': relatives.cases,  # training steps of the small classifier with each relative
     'data': data.cases,          # loaders by workers: clouds, scenes, images, on generated files
     'memory': memory.cases,      # peaks of a step by batch and points, with and without activation checkpointing
     'scaling': scaling.cases,    # steps of several processes, with the share that exchanging gradients takes

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ewa3d.bench.harness import Case, Settings, Work
-from ewa3d.bench.step import FULL, QUICK, training_step
+from ewa3d.bench.step import FULL, QUICK, ewa_rules, training_step
 
 __all__ = ['Crew', 'cases']
 
@@ -143,7 +143,7 @@ class _Step:
         size, dtype, every = model
         torch.manual_seed(settings.seed)
         self.settings, self.group, self.wrapped = settings, group, None
-        self.step = training_step(settings, size, dtype, every, self._wrap)
+        self.step = training_step(settings, size, dtype, ewa_rules(every), wrap=self._wrap)
 
     def _wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         self.bytes = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)

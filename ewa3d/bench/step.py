@@ -1,6 +1,6 @@
 """Whole training steps of a Point-MAE-size classifier: what EWA costs on top of the plain model, and what the form in
 which the model is usually written costs."""
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import nn
 from ewa3d.bench.harness import Case, Settings
 from ewa3d.bench.published import NaiveClassifier, scale_and_translate
 
-__all__ = ['cases', 'classifier', 'training_step']
+__all__ = ['cases', 'classifier', 'ewa_rules', 'training_step']
 
 FULL = dict(batch=32, points=1024, num_groups=64, group_size=32, dim=384, depth=12, heads=6, classes=40,
             widths=(128, 256, 512))
@@ -34,20 +34,25 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def _step(settings: Settings, size: dict, dtype: str, every: int = 0):
     """A builder of :func:`training_step`."""
-    return lambda: training_step(settings, size, dtype, every)
+    return lambda: training_step(settings, size, dtype, ewa_rules(every))
 
 
-def training_step(settings: Settings, size: dict, dtype: str, every: int = 0, wrap=lambda model: model):
-    """One step: forward, loss, backward, AdamW, with ``every`` the averaging of the experts; ``wrap`` may put the model
-    into another one."""
+def ewa_rules(every: int) -> list[dict]:
+    """Four experts in every so many FFNs; none for 0."""
+    return [dict(type='EWAFFN', at='backbone.blocks.*.mlp', every=every, num_experts=4)] if every else []
+
+
+def training_step(settings: Settings, size: dict, dtype: str, rules: Sequence[dict] = (), average: bool | None = None,
+                  wrap=lambda model: model, **backbone):
+    """One step of the model with ``rules``: forward, losses, backward, AdamW, and the averaging of the experts where
+    there is an ``EWAFFN`` among them (or as ``average`` says); ``wrap`` may put the model into another one."""
     from ewa3d import attach_ewa, expand
     from ewa3d.structures import Sample
-    model = classifier(size).to(settings.device)
-    if every:
-        expand(model, [dict(type='EWAFFN', at='backbone.blocks.*.mlp', every=every, num_experts=4)])
+    model = classifier(size, **backbone).to(settings.device)
+    expand(model, list(rules))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    if every:
+    if average or (average is None and any(rule['type'] == 'EWAFFN' for rule in rules)):
         attach_ewa(optimizer, model, share_rate=0.3, schedule='constant', total_steps=1_000_000)
     model = wrap(model)
     points = torch.randn(size['batch'], size['points'], 3, device=settings.device)
