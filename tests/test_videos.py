@@ -121,7 +121,14 @@ def test_moving_shapes():
     with pytest.raises(ValueError, match='read-only'):
         video[0] = 0
     assert MovingShapes(2, num_frames=1)[0]['video'].shape == (1, 32, 32, 3)
-    for options, message in ((dict(size=4), 'size must be at least 8'), (dict(num_frames=0), 'num_frames'),
+    fewer = MovingShapes(5, num_frames=5, size=16, classes=['down', 'left'])
+    assert fewer.metainfo['classes'] == ('down', 'left') and fewer.labels == [0, 1, 0, 1, 0]
+    all_but_the_class = MovingShapes(1, num_frames=5, size=16, classes=['left'])[0]['video']
+    assert np.array_equal(all_but_the_class[0], fewer[0]['video'][0])  # only the way differs
+    assert not np.array_equal(all_but_the_class[1], fewer[0]['video'][1])
+    for options, message in ((dict(classes=['rihgt']), "no class 'rihgt'; did you mean 'right'"),
+                             (dict(classes=['up', 'up']), 'twice'), (dict(classes=[]), 'empty'),
+                             (dict(size=4), 'size must be at least 8'), (dict(num_frames=0), 'num_frames'),
                              (dict(noise=2), 'noise must lie in'), (dict(split='all'), "no split 'all'")):
         with pytest.raises(ValueError, match=message):
             MovingShapes(**options)

@@ -7,10 +7,10 @@ from typing import ClassVar
 import numpy as np
 
 from ewa3d.checks import check_integer, check_number
-from ewa3d.datasets.base import DATA_ERRORS, PointDataset, require_folder
+from ewa3d.datasets.base import DATA_ERRORS, PointDataset, merge_metainfo, require_folder
 from ewa3d.datasets.clips import VIDEOS, check_decodes, check_video
 from ewa3d.datasets.folder import Tree, wanted_classes
-from ewa3d.registry import DATASETS
+from ewa3d.registry import DATASETS, nearest
 
 __all__ = ['MovingShapes', 'VideoDataset']
 
@@ -142,26 +142,32 @@ def videos_in(folder: Path) -> list[Path]:
 
 @DATASETS.register_module()
 class MovingShapes(ClipDataset):
-    """A shape that moves left, right, up or down, or turns one way or the other: made from a seed, no files.
+    """A light shape that moves left, right, up or down, or turns one way or the other: made from a seed, no files.
 
     A shape that leaves the picture comes in again on the other side, and it starts anywhere and in any pose, so that a
     single frame says nothing about the class; the same frames the other way round are another class, so that without
     their order half of the classes look like the other half. Sizes, colours, speeds and noise are drawn for every clip.
 
-    Sample ``i`` of a split depends on ``(data_seed, split, i)`` and the options alone; its class is ``i`` modulo 6.
+    Sample ``i`` of a split depends on ``(data_seed, split, i)`` and the options alone; its class is ``i`` modulo their
+    number.
 
     Args:
         num_samples: by default 1800 for training, 600 for validation and for test.
         num_frames, size: of a clip, frames of ``size`` × ``size``.
         noise: standard deviation of the noise, where colours go from 0 to 1.
+        classes: some of the six, in this order; all unless given.
         data_seed: of the clips; ``seed`` is the augmentation's.
+
+    Raises:
+        TypeError, ValueError: a number out of range, a class that is none of the six or comes twice.
     """
     METAINFO: ClassVar[dict] = dict(classes=('left', 'right', 'up', 'down', 'clockwise', 'anticlockwise'))
+    MOTIONS = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, 1), (0, 0, -1))  # signs of x, y (down) and angle
     SPLITS = ('train', 'val', 'test')
     NAMED = False
 
-    def __init__(self, num_samples: int | None = None, num_frames: int = 8, size: int = 32, noise: float = 0.1,
-                 split: str = 'train', data_seed: int = 0, **kwargs):
+    def __init__(self, num_samples: int | None = None, num_frames: int = 8, size: int = 32, noise: float = 0.02,
+                 classes: Sequence[str] | None = None, split: str = 'train', data_seed: int = 0, **kwargs):
         if num_samples is None:
             num_samples = 1800 if split == 'train' else 600
         for name, value, least in (('num_samples', num_samples, 1), ('num_frames', num_frames, 1), ('size', size, 8),
@@ -169,26 +175,34 @@ class MovingShapes(ClipDataset):
             check_integer(f'MovingShapes: {name}', value, least)
         self.noise = check_number('MovingShapes: noise', noise, '[0, 1]')
         self.num_samples, self.num_frames, self.size, self.data_seed = num_samples, num_frames, size, data_seed
+        known = self.METAINFO['classes']
+        self.classes = merge_metainfo(dict(classes=known if classes is None else classes))['classes']
+        for name in self.classes:
+            if name not in known:
+                raise ValueError(f'MovingShapes: no class {name!r}; {nearest(name, known)}')
+        if not self.classes:
+            raise ValueError(f'MovingShapes: classes is empty; choose from {", ".join(known)}')
         super().__init__(split=split, **kwargs)
 
+    def load_metainfo(self) -> dict:
+        return dict(classes=self.classes)
+
     def load_data_list(self) -> list[dict]:
-        names = self.METAINFO['classes']
-        return [dict(name=f'{names[i % 6]}_{i:05d}', label=i % 6, video=self.make(i)) for i in range(self.num_samples)]
+        names = self.classes
+        return [dict(name=f'{names[i % len(names)]}_{i:05d}', label=i % len(names), video=self.make(i))
+                for i in range(self.num_samples)]
 
     def make(self, i: int) -> np.ndarray:
         """Clip ``i``: ``(num_frames, size, size, 3)`` uint8."""
         rng = np.random.default_rng((self.data_seed, self.SPLITS.index(self.split), i))
-        T, label = self.num_frames, i % 6
-        time = np.arange(T)
-        speed = rng.uniform(0.06, 0.12) * time  # of the width a frame
-        turn = rng.uniform(0.25, 0.5) * time  # radians a frame
-        dx, dy = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0), (0, 0))[label]
-        x, y, angle = (start + way for start, way in zip(
-            rng.random(3) * (1, 1, 2 * np.pi), (dx * speed, dy * speed, (0, 0, 0, 0, 1, -1)[label] * turn)))
+        time = np.arange(self.num_frames)
+        motion = self.MOTIONS[self.METAINFO['classes'].index(self.classes[i % len(self.classes)])]
+        speed = rng.uniform(0.06, 0.12)  # of the width a frame
+        turn = rng.uniform(0.25, 0.5)  # radians a frame
+        x, y, angle = (start + sign * rate * time for start, sign, rate in zip(
+            rng.random(3) * (1, 1, 2 * np.pi), motion, (speed, speed, turn)))
         shape = drawn(self.size, x, y, angle, rng.uniform(0.2, 0.3), rng.uniform(0.5, 0.9))[..., None]
         ground, colour = rng.uniform(0, 0.4, 3), rng.uniform(0.6, 1, 3)
-        if rng.random() < 0.5:
-            ground, colour = colour, ground
         clip = ground + (colour - ground) * shape + self.noise * rng.standard_normal((*shape.shape[:3], 3))
         return np.round(255 * clip.clip(0, 1)).astype(np.uint8)
 
