@@ -5,12 +5,12 @@ _base_ = [
     '../_base_/schedules/adamw_cosine_xs.py', '../_base_/reparam/stdha_xs.py', '../_base_/reparam/adapter.py'
 ]
 model = dict(
-    backbone=dict(tokenizer=dict(patch_size=4), depth=6),
+    backbone=dict(tokenizer=dict(patch_size=4), depth=6, pos='first'),
     expand=_base_.stdha + _base_.adapter,
     trainable=_base_.adapter_trainable,
     pretrained=dict(source='work_dirs/vit_xs_scratch_cifar10/epoch_24.pth', strict=False, skip_head=True))
 optim_wrapper = dict(
-    optimizer=dict(lr=2e-3),
+    optimizer=dict(lr=2e-3, betas=(0.9, 0.98)),
     clip_grad=dict(max_norm=1),
     paramwise_cfg=dict(no_decay=['bias', 'norm', 'token', 'cls_pos', 'pos_embed']))
-train_cfg = dict(max_epochs=20, val_interval=5)
+train_cfg = dict(max_epochs=12, val_interval=3)
