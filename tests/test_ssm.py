@@ -9,6 +9,7 @@ from toys import make_model, train_steps
 
 from ewa3d import attach_ewa, expand, fuse
 from ewa3d.fusing import plain_config
+from ewa3d.layers import ssm_kernels
 from ewa3d.layers.block import Attention, Block, Mlp
 from ewa3d.layers.ssm import S4, S4D, LongConvolution, convolve, state_space_parameters
 from ewa3d.layers.ssm_kernels import (
@@ -111,6 +112,19 @@ def test_gradients_of_the_kernels(double):
             return torch.func.functional_call(kernel, dict(zip(names, values)), (5,))
 
         torch.autograd.gradcheck(run, tuple(p.detach().clone().requires_grad_() for p in kernel.parameters()))
+
+
+@pytest.mark.parametrize('most', [1, 40, 1000])
+def test_a_part_of_the_frequencies_at_a_time(double, monkeypatch, most):
+    kernel = DPLRKernel(3, 4, directions=2, length=33)
+    whole = kernel(33)
+    wanted = torch.autograd.grad(whole.square().sum(), list(kernel.parameters()))
+    monkeypatch.setattr(ssm_kernels, 'MOST_QUOTIENTS', most)
+    torch.testing.assert_close(kernel(33), whole, **EXACT)
+    for found, gradient in zip(torch.autograd.grad(kernel(33).square().sum(), list(kernel.parameters())), wanted):
+        torch.testing.assert_close(found, gradient, **EXACT)
+    with torch.no_grad():
+        torch.testing.assert_close(kernel(20), whole[..., :20], **EXACT)
 
 
 def test_hippo_is_normal_plus_rank_one():

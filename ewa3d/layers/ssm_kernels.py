@@ -6,16 +6,20 @@ so half of them are kept.
 """
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ewa3d.checks import check_integer, check_number
 from ewa3d.registry import nearest
 
 __all__ = ['INITS', 'DPLRKernel', 'DiagonalKernel', 'Recurrence', 'StateSpaceKernel', 'geometric_sum', 'hippo_legs',
            'legs_spectrum', 'single']
+
+MOST_QUOTIENTS = 1 << 22  # complex numbers, 32 MiB in single precision, that S4's kernel holds at a time
 
 
 class Recurrence(NamedTuple):
@@ -280,11 +284,10 @@ class DPLRKernel(StateSpaceKernel):
         A, P, B, dt = self._system()
         angle = torch.arange(size // 2 + 1, device=dt.device, dtype=dt.dtype) * (math.pi / size)
         sin, cos = angle.sin(), angle.cos()
-        # With ω = exp(-2i·angle): (1 - ω) - Δ λ (1 + ω) / 2, without the factor exp(-i·angle)
-        cauchy = dt.unsqueeze(-1) / (2j * sin - (dt * A).unsqueeze(-1) * cos)  # (H, N, F)
         left = torch.cat([C, P.conj().unsqueeze(0)]).transpose(0, 1).unsqueeze(2)  # (H, directions + 1, 1, N)
         right = torch.stack([B, P], 1).unsqueeze(1)  # (H, 1, 2, N)
-        terms = ((left * right).flatten(1, 2) @ cauchy).unflatten(1, (-1, 2))  # (H, directions + 1, 2, F)
+        terms = _cauchy((left * right).flatten(1, 2), A, dt, sin, cos)
+        terms = terms.unflatten(1, (-1, 2))  # (H, directions + 1, 2, F)
         of_C, of_P = terms[:, :-1], terms[:, -1:]
         spectrum = of_C[:, :, 0] - cos * of_C[:, :, 1] * of_P[:, :, 0] / (1 + cos * of_P[:, :, 1])
         spectrum = spectrum * torch.complex(cos, sin)
@@ -301,6 +304,27 @@ class DPLRKernel(StateSpaceKernel):
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, length={self.length}, num_ssm={self.num_ssm}'
+
+
+def _cauchy(weights: Tensor, A: Tensor, dt: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """``Σ_n weights_n Δ / (2i sin - Δ λ_n cos)``, a part of the frequencies at a time, because the quotients of all of
+    them, ``(H, N, F)``, are by far the largest thing in a layer; the backward pass computes those of a part again.
+
+    With ``ω = exp(-2i·angle)`` the denominator is ``(1 - ω) - Δ λ (1 + ω) / 2``, without the factor ``exp(-i·angle)``.
+
+    Shape:
+        - weights ``(H, R, N)``, A ``(H, N)``, dt ``(H, 1)``, sin and cos ``(F,)``; returns ``(H, R, F)``.
+    """
+    part = max(MOST_QUOTIENTS // A.numel(), 1)
+    if len(sin) <= part:
+        return _cauchy_part(weights, A, dt, sin, cos)
+    run = _cauchy_part if not torch.is_grad_enabled() else \
+        partial(checkpoint, _cauchy_part, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([run(weights, A, dt, *piece) for piece in zip(sin.split(part), cos.split(part))], -1)
+
+
+def _cauchy_part(weights: Tensor, A: Tensor, dt: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    return weights @ (dt.unsqueeze(-1) / (2j * sin - (dt * A).unsqueeze(-1) * cos))
 
 
 def _paired(value: Tensor) -> Tensor:
