@@ -32,7 +32,7 @@ from ewa3d.engine.intact import damage, find_intact_checkpoint
 from ewa3d.engine.interrupt import catch_signals
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
-from ewa3d.engine.parallel import check_sync_bn, lr_ratio, scale_rates
+from ewa3d.engine.parallel import batch_size_of, check_sync_bn, lr_ratio, scale_rates
 from ewa3d.engine.plain import to_plain
 from ewa3d.engine.ranks import process_group_timeout, together, watch
 from ewa3d.engine.reporting import close_displays, log_end, log_result, log_start
@@ -233,8 +233,7 @@ class Runner(_Runner):
         """mmengine's linear rule, or ``rule='sqrt'``; gradient accumulation is not counted, as there."""
         if not (auto_scale_lr or {}).get('enable'):
             return
-        loader, base = self._train_dataloader, auto_scale_lr['base_batch_size']
-        real = self.world_size * (loader['batch_size'] if isinstance(loader, Mapping) else loader.batch_size)
+        real, base = self.world_size * batch_size_of(self.train_dataloader), auto_scale_lr['base_batch_size']
         rule = auto_scale_lr.get('rule', 'linear')
         ratio = lr_ratio(real, base, rule)
         scale_rates(optim_wrapper, ratio)

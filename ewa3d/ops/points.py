@@ -66,7 +66,7 @@ def knn(query: Tensor, points: Tensor, k: int, backend: str = 'auto') -> tuple[T
     if _tracing():
         return _distances(query, points, idx), idx
     limit = 2 * CHUNK if points.device.type == 'cpu' else DEVICE_CHUNK
-    rows = max(1, limit // max(1, len(points) * k))
+    rows = max(1, limit // max(1, len(points) * idx.shape[-1]))
     parts = zip(query.split(rows, 1), idx.split(rows, 1))
     return torch.cat([_distances(part, points, found) for part, found in parts], 1), idx
 
