@@ -141,10 +141,13 @@ def test_what_is_not_there_is_skipped_and_said(monkeypatch, tmp_path, capsys):
     def cases(settings):
         yield Case('one', {'a': lambda: lambda: None}, skipped={'b': 'it needs a GPU'})
         yield Case('two', {'a': lambda: importlib.import_module('no_such_package')})
+        yield Case('three', {'a': lambda: lambda: None})
+        importlib.import_module('no_such_package')
 
     result = of_suite(monkeypatch, tmp_path, cases)
-    assert [(row['case'], row['variant']) for row in result['rows']] == [('one', 'a')]
-    one, two = result['skipped']
+    assert [(row['case'], row['variant']) for row in result['rows']] == [('one', 'a'), ('three', 'a')]
+    one, two, four = result['skipped']
+    assert four['case'] is None and four['reason'] == two['reason']
     assert one == dict(suite='toy', case='one', variant='b', reason='it needs a GPU')
     assert two['case'] == 'two' and two['variant'] is None and 'pip install no_such_package' in two['reason']
     out = capsys.readouterr().out

@@ -252,7 +252,7 @@ def test_knn_without_scipy_is_the_same(monkeypatch):
     points = torch.randn(2, 2100, 3)
     expected = ops.knn(points[:, :70], points, 5)
     monkeypatch.setattr(points_module, 'tree_class', lambda: None)
-    monkeypatch.setattr(points_module, 'search_trees', None)
+    monkeypatch.setattr(points_module, '_search_tree', None)
     for a, b in zip(ops.knn(points[:, :70], points, 5), expected):
         assert torch.equal(a, b)
 

@@ -46,17 +46,26 @@ def run(suites: Sequence[str], settings: Settings, tell: Callable[[Row], None] =
             raise ValueError(f'no suite {name!r}; {nearest(name, SUITES)}')
     rows = []
     for name in suites:
-        case = None
-        try:
-            for case in SUITES[name](settings):
-                for variant, reason in case.skipped.items():
-                    skip(dict(suite=name, case=case.name, variant=variant, reason=reason))
-                for row in measure(case, settings, name):
-                    rows.append(row)
-                    tell(row)
-        except ImportError as error:  # the rest of a suite that needs a package which is not there
-            skip(dict(suite=name, case=case and case.name, variant=None, reason=one_line(error)))
+        for case in _cases(name, settings, skip):
+            for variant, reason in case.skipped.items():
+                skip(dict(suite=name, case=case.name, variant=variant, reason=reason))
+            try:
+                found = measure(case, settings, name)
+            except ImportError as error:
+                skip(dict(suite=name, case=case.name, variant=None, reason=one_line(error)))
+                continue
+            rows += found
+            for row in found:
+                tell(row)
     return rows
+
+
+def _cases(name: str, settings: Settings, skip: Callable[[dict], None]) -> Iterator[Case]:
+    """The cases of a suite, up to one that needs a package which is not there."""
+    try:
+        yield from SUITES[name](settings)
+    except ImportError as error:
+        skip(dict(suite=name, case=None, variant=None, reason=one_line(error)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell_all(result: dict, rows: list[Row], out: str | None) -> None:
-    reasons = dict.fromkeys(f'skipped: {what["suite"]}, {what["variant"] or what["case"] or "all of it"}: '
+    reasons = dict.fromkeys(f'skipped: {what["suite"]}, {what["variant"] or what["case"] or "what follows"}: '
                             f'{what["reason"]}' for what in result['skipped'])
     _say(_describe(result), table(rows), *(['\n'.join(reasons)] if reasons else []), sep='\n\n')
     if out:

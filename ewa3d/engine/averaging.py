@@ -252,6 +252,10 @@ def _expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if not module.can_average:
             raise ValueError(f'{module_name!r} has low-rank experts, whose factors cannot be averaged; expand it with '
                              'full residuals (rank=None), or train it without EWA')
+        for name, layer in module.named_modules():
+            if name and any(cls.__name__ == 'FSDPModule' for cls in type(layer).__mro__):
+                raise ValueError(f'fully_shard was called on {module_name}.{name}, a part of {module_name!r} that does '
+                                 'not run by itself: call it on that module, or on the block around it')
         for parameter in module.expert_parameters():
             name = names[id(parameter)]
             if parameter.ndim == 0 or len(parameter) != module.num_experts:

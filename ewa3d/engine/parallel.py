@@ -39,7 +39,7 @@ def scale_rates(optim_wrapper, ratio: float) -> None:
     wrappers = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
     for wrapper in wrappers:
         for group in wrapper.optimizer.param_groups:
-            group['lr'] *= ratio
+            group['lr'] = group['lr'] * ratio  # not in place: groups may share a tensor
 
 
 def check_sync_bn(model: nn.Module, on_gpu: bool) -> None:
