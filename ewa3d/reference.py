@@ -46,7 +46,8 @@ TOP = {  # key of a config → what it is
     'data_preprocessor': "that of the model, where the model's own config has none",
     'visualizer': '`Visualizer` with `vis_backends`: see [pictures](pictures.md)', 'log_level': "`'INFO'`",
     'log_processor': "mmengine's: windows of averages in the log", 'experiment_name': 'in the log; the time by default',
-    'env_cfg': '`cudnn_benchmark`, `mp_cfg`, `dist_cfg`', 'activation_checkpointing': "mmengine's",
+    'env_cfg': '`cudnn_benchmark`, `mp_cfg`, `dist_cfg`',
+    'activation_checkpointing': "modules to be computed again in the backward pass: `['backbone.blocks.*']`",
     'efficient_conv_bn_eval': "mmengine's", 'runner_type': "`'Runner'`",
 }
 HEAD = """# Every key of a config

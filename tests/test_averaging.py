@@ -12,6 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import ewa3d
+from ewa3d.engine import averaging
 from ewa3d.engine.averaging import attach_ewa, average_, largest_share_rate
 from ewa3d.engine.schedules import SCHEDULES, ShareRate
 from ewa3d.layers.block import Mlp
@@ -67,6 +68,19 @@ def test_closed_form_is_the_literal_formula(count, share):
     torch.testing.assert_close(w, expected, rtol=0, atol=1e-14)
     torch.testing.assert_close(w.mean(0), mean, rtol=0, atol=1e-14)
     torch.testing.assert_close(w - w.mean(0), (1 - share) * deviation, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_few_calls_of_a_gpu_do_the_same(monkeypatch, dtype):
+    w = torch.randn(4, 5, 3).to(dtype)
+    others = [w.clone(), w.clone().mT]  # not contiguous
+    average_(w, 0.3)
+    monkeypatch.setattr(averaging, '_one_by_one', lambda experts: False)
+    average_(others, 0.3)
+    for other in (others[0], others[1].mT):
+        torch.testing.assert_close(other, w)
+    average_(others[0][:2], 0.5)
+    assert torch.equal(others[0][0], others[0][1])
 
 
 def test_deviation_decays_geometrically():

@@ -1,4 +1,6 @@
 """The benchmarks run, take turns, keep raw timings, and compare forms that compute the same. Nothing is judged."""
+import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -110,7 +112,9 @@ def test_bad_settings():
 
 
 @pytest.mark.parametrize('argv, message', [(['stp'], "did you mean 'step'"), (['--threads', '0'], '--threads 0'),
-                                           (['--repeat', '-1'], '--repeat -1'), (['--dtype', 'fp8'], 'fp8')])
+                                           (['--repeat', '-1'], '--repeat -1'), (['--dtype', 'fp8'], 'fp8'),
+                                           (['--device', 'gpu'], '--device gpu: cpu, cuda or cuda:N was expected'),
+                                           (['--device', 'mps'], '--device mps: cpu, cuda or cuda:N was expected')])
 def test_bad_command_lines_end_with_a_message(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
         main(argv)
@@ -122,6 +126,61 @@ def test_a_missing_gpu_is_said(capsys):
     with pytest.raises(SystemExit):
         main(['ops', '--device', 'cuda'])
     assert 'torch sees no CUDA device' in capsys.readouterr().err
+
+
+def of_suite(monkeypatch, tmp_path, cases):
+    """What `bench toy` writes."""
+    monkeypatch.setitem(SUITES, 'toy', cases)
+    path = tmp_path / 'r.json'
+    with contextlib.suppress(RuntimeError):
+        main(['toy', '--repeat', '1', '--json', str(path)])
+    return json.loads(path.read_text())
+
+
+def test_what_is_not_there_is_skipped_and_said(monkeypatch, tmp_path, capsys):
+    def cases(settings):
+        yield Case('one', {'a': lambda: lambda: None}, skipped={'b': 'it needs a GPU'})
+        yield Case('two', {'a': lambda: importlib.import_module('no_such_package')})
+        yield Case('three', {'a': lambda: lambda: None})
+        importlib.import_module('no_such_package')
+
+    result = of_suite(monkeypatch, tmp_path, cases)
+    assert [(row['case'], row['variant']) for row in result['rows']] == [('one', 'a'), ('three', 'a')]
+    one, two, four = result['skipped']
+    assert four['case'] is None and four['reason'] == two['reason']
+    assert one == dict(suite='toy', case='one', variant='b', reason='it needs a GPU')
+    assert two['case'] == 'two' and two['variant'] is None and 'pip install no_such_package' in two['reason']
+    out = capsys.readouterr().out
+    assert 'skipped: toy, b: it needs a GPU\n' in out and 'skipped: toy, two: No module named' in out
+
+
+def test_what_was_measured_before_an_error_is_kept(monkeypatch, tmp_path):
+    def cases(settings):
+        yield Case('one', {'a': lambda: lambda: None})
+        raise RuntimeError('out of memory')
+
+    assert [row['case'] for row in of_suite(monkeypatch, tmp_path, cases)['rows']] == ['one']
+
+
+def test_pytorch3d_is_one_of_the_forms_where_it_is_installed(monkeypatch, request):
+    names = ('fps', 'knn', 'ball query', 'chamfer')
+    for installed in (False, True):
+        if installed:
+            request.getfixturevalue('pytorch3d')
+        else:
+            monkeypatch.setitem(sys.modules, 'pytorch3d.ops', None)
+        cases = [case for case in SUITES['ops'](Settings(quick=True)) if case.name.startswith(names)]
+        assert cases and all(case.memory for case in cases)
+        assert all(('pytorch3d' in case.variants) is installed for case in cases)
+        assert all(('pytorch3d' in case.skipped) is not installed for case in cases)
+        if installed:
+            assert all(len(measure(case, Settings(quick=True, repeat=1))) == len(case.variants) for case in cases)
+
+
+def test_steps_are_compiled_on_a_gpu_only():
+    on_cpu, on_gpu = (next(SUITES['step'](Settings(torch.device(kind)))) for kind in ('cpu', 'cuda'))
+    more = {'plain, compiled', 'EWA, every 2nd FFN, compiled'}
+    assert set(on_cpu.skipped) == more and set(on_gpu.variants) == set(on_cpu.variants) | more and not on_gpu.skipped
 
 
 def test_an_error_in_another_process_is_told_with_its_traceback():

@@ -1,10 +1,15 @@
 """Activation checkpointing changes nothing but memory: the same losses, gradients, buffers and random numbers."""
+import copy
+
 import pytest
 import torch
+from engine_toys import on_cpu, same, toy_config  # noqa: F401 (on_cpu is a fixture)
 from torch import nn
 
 from ewa3d import expand
-from ewa3d.layers.checkpointing import checkpointed
+from ewa3d.engine.checkpoint import read_checkpoint
+from ewa3d.engine.runner import Runner
+from ewa3d.layers.checkpointing import checkpoint_modules, checkpointed
 from ewa3d.layers.moe import routing_losses
 from ewa3d.registry import MODELS
 
@@ -124,3 +129,49 @@ def test_norms_of_modalities_are_refused():
     with pytest.raises(ValueError, match='grad_checkpointing does not go with modality_norms'):
         MODELS.build(dict(type='TokenEncoder', tokenizer=dict(points=points), embed_dim=12, depth=1, num_heads=2,
                           modality_norms=True, grad_checkpointing=True))
+
+
+@pytest.mark.parametrize('rules', RULES.values(), ids=list(RULES))
+@pytest.mark.parametrize('names', ['blocks.*', ['blocks.0', 'blocks.*.mlp']])
+def test_modules_by_name_are_the_same_bit_for_bit(rules, names):
+    plain, ours = encoder(rules), encoder(rules)
+    checkpoint_modules(ours, names)
+    assert same(steps(plain), steps(ours))
+
+
+def test_a_copy_has_weights_of_its_own():
+    model = encoder([])
+    checkpoint_modules(model, 'blocks.*')
+    twin = copy.deepcopy(model)
+    nn.init.zeros_(model.blocks[0].mlp.fc2.weight)
+    assert twin.blocks[0].forward.__self__ is twin.blocks[0]
+    torch.manual_seed(1)
+    x = torch.randn(2, 4, 12)
+    expected = encoder([]).eval().encode(x, x)
+    assert torch.equal(twin.eval().encode(x, x), expected) and not torch.equal(model.eval().encode(x, x), expected)
+
+
+def test_names_that_cannot_be_checkpointed():
+    with pytest.raises(ValueError, match=r"'block\.\*' names no module of TokenEncoder; did you mean 'blocks"):
+        checkpoint_modules(encoder([]), ['block.*'])
+    points = dict(type='PointPatchEmbed', num_groups=7, group_size=4, widths=(4, 8, 8))
+    model = MODELS.build(dict(type='TokenEncoder', tokenizer=dict(points=points), embed_dim=12, depth=1, num_heads=2,
+                              modality_norms=True))
+    with pytest.raises(ValueError, match=r"'blocks\.0' has norms of several modalities"):
+        checkpoint_modules(model, 'blocks.*')
+
+
+def test_by_config_a_run_is_the_same(tmp_path):
+    """Losses, weights and those that the EMA keeps and evaluates, with the partition of EWA."""
+    found = []
+    for names in (None, ['backbone.blocks.*']):
+        cfg = toy_config(tmp_path / str(names is None), ewa=True, ema=True, epochs=1, activation_checkpointing=names)
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        content = read_checkpoint(tmp_path / str(names is None) / 'epoch_1.pth')
+        assert content['meta']['cfg'].get('activation_checkpointing') == names
+        assert ('forward' in vars(runner.model.backbone.blocks[1])) is (names is not None)
+        found.append([content['state_dict'], content['ema_state_dict'], content['optimizer'], runner.last_metrics])
+    assert same(*found)
+    with pytest.raises(TypeError, match='activation_checkpointing is True; a list or a str was expected'):
+        Runner.from_cfg(toy_config(tmp_path, activation_checkpointing=True))

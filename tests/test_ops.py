@@ -1,6 +1,7 @@
 """Point operators against naive twins: loops that follow the definition."""
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,6 +140,7 @@ def test_numbers_are_integers_and_batches_are_not_empty():
                                (dict(num=2, start=torch.zeros(2)), 'fps: start must hold')):
         with pytest.raises(TypeError, match=f'{message}.* integer'):
             ops.fps(points, **arguments)
+    assert ops.knn(points, points, np.int64(3))[1].shape == (2, 10, 3)
     with pytest.raises(TypeError, match=r'knn: k must be an integer, got 2\.5'):
         ops.knn(points, points, 2.5)
     with pytest.raises(ValueError, match='the batch is empty'):
@@ -250,7 +252,7 @@ def test_knn_without_scipy_is_the_same(monkeypatch):
     points = torch.randn(2, 2100, 3)
     expected = ops.knn(points[:, :70], points, 5)
     monkeypatch.setattr(points_module, 'tree_class', lambda: None)
-    monkeypatch.setattr(points_module, 'search_trees', None)
+    monkeypatch.setattr(points_module, '_search_tree', None)
     for a, b in zip(ops.knn(points[:, :70], points, 5), expected):
         assert torch.equal(a, b)
 

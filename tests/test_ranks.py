@@ -24,12 +24,13 @@ from test_part_iou import sample as shape
 from test_sharded import expanded
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import ewa3d
 from ewa3d.engine import runner as runners
 from ewa3d.engine.averaging import attach_ewa
 from ewa3d.engine.checkpoint import load_model_state, read_checkpoint
-from ewa3d.engine.parallel import check_sync_bn
+from ewa3d.engine.parallel import batch_size_of, check_sync_bn
 from ewa3d.engine.ranks import PeerError
 from ewa3d.engine.runner import Runner
 from ewa3d.engine.sharding import gathered
@@ -368,3 +369,23 @@ def test_the_rate_follows_the_whole_batch(tmp_path, monkeypatch):
         assert after == pytest.approx([ratio * rate for rate in before])
         runner.scale_lr(wrapper, dict(base_batch_size=16))  # not enabled
         assert [group['lr'] for group in wrapper.optimizer.param_groups] == after
+
+
+def test_the_rate_follows_batches_of_mixed_sources_of_one_size(tmp_path):
+    runner = Runner.from_cfg(mixed_config(tmp_path, auto_scale_lr=dict(enable=True, base_batch_size=1)))
+    wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    before = [group['lr'] for group in wrapper.optimizer.param_groups]
+    runner.scale_lr(wrapper, runner.auto_scale_lr)
+    assert [group['lr'] for group in wrapper.optimizer.param_groups] == pytest.approx([4 * rate for rate in before])
+    sampler = runner.train_dataloader.batch_sampler
+    sampler.sizes = [4, 2]
+    with pytest.raises(ValueError, match=r'auto_scale_lr needs batches of one size, .* MixedBatches have 4 and 2'):
+        runner.scale_lr(wrapper, runner.auto_scale_lr)
+
+
+def test_the_batch_size_of_any_loader():
+    data = list(range(6))
+    assert batch_size_of(DataLoader(data, 3)) == 3
+    assert batch_size_of(DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, False))) == 2
+    with pytest.raises(ValueError, match='needs batches of one size'):
+        batch_size_of(DataLoader(data, batch_size=None))

@@ -43,7 +43,7 @@ def sharded(model: nn.Module, mesh, dim: int) -> nn.Module:
     experts = {id(p) for _, module in iter_experts(model) for p in module.expert_parameters()}
 
     def place(parameter):
-        return Shard(dim) if id(parameter) in experts else Shard(0)
+        return Shard(min(dim, parameter.ndim - 1)) if id(parameter) in experts else Shard(0)
 
     for block in model[:2]:
         fully_shard(block, mesh=mesh, shard_placement_fn=place)
@@ -53,10 +53,11 @@ def sharded(model: nn.Module, mesh, dim: int) -> nn.Module:
 def shard_and_train(rank: int, folder: str) -> list:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     flat, square = init_device_mesh('cpu', (4,)), init_device_mesh('cpu', (2, 2), mesh_dim_names=('copies', 'shards'))
     results = []
     # 3 experts on 4 ranks: one of them has none; and shards within a pair of ranks, copies between pairs
-    for mesh, dim in ((flat, 0), (flat, 1), (square, 0)):
+    for mesh, dim in ((flat, 0), (flat, 1), (square, 0), (flat, 2)):
         model = train(sharded(expanded(), mesh, dim))
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         results.append(dict(spread=expert_spread(model), copy=[p.to_local().clone() for p in model.parameters()]))
@@ -66,6 +67,10 @@ def shard_and_train(rank: int, folder: str) -> list:
         ewa3d.fuse(model)
     with pytest.raises(ValueError, match=r'expand\(\) needs .* whole.*expand first'):
         ewa3d.expand(model, [dict(type='EWAFFN', at='*.mlp')])
+    inner = expanded()
+    fully_shard(inner[0].mlp.fc1, mesh=flat)
+    with pytest.raises(ValueError, match=r"fully_shard was called on 0\.mlp\.fc1, a part of '0\.mlp'"):
+        ewa3d.attach_ewa(torch.optim.SGD(inner.parameters()), inner)
     with pytest.raises(TypeError, match=r'state_dict\.0\.norm1\.weight is a DTensor.*full_state_dict'):
         write_checkpoint(f'{folder}/parts.pth', model.state_dict())
     return results
@@ -77,7 +82,7 @@ def runs(tmp_path_factory):
     return folder, run_ranks(shard_and_train, 4, str(folder))
 
 
-@pytest.mark.parametrize('case', [1, 2, 3], ids=['experts', 'widths', 'copies of shards'])
+@pytest.mark.parametrize('case', [1, 2, 3, 4], ids=['experts', 'widths', 'copies of shards', 'inputs'])
 def test_sharded_training_is_that_of_one_process(runs, case):
     folder, ranks = runs
     expected = train(expanded())

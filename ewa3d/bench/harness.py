@@ -48,11 +48,13 @@ class Case:
     """Variants of one piece of work, the first being the baseline: name → a function that builds the timed function.
 
     Building is not timed; what is built may be a :class:`Work`. The order of ``variants`` is the order of the table's
-    rows. ``memory`` asks for the peak of what one call allocates, too.
+    rows. ``memory`` asks for the peak of what one call allocates, too. ``skipped`` are variants that cannot be measured
+    here, and why.
     """
     name: str
     variants: dict[str, Callable[[], Callable[[], object]]]
     memory: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.variants:
@@ -188,11 +190,12 @@ def _cell(row: dict, value: Callable[[dict], float]) -> str:
     return f' {number:,.0f} |' if isinstance(number, int) or number >= 100 else f' {number:.3g} |'
 
 
-def report(rows: Iterable[Row], settings: Settings) -> dict:
-    """Everything that a number needs to mean something, JSON-able: hardware, versions, settings, rows with spread."""
+def report(rows: Iterable[Row], settings: Settings, skipped: Iterable[dict] = ()) -> dict:
+    """Everything that a number needs to mean something, JSON-able: hardware, versions, settings, rows with spread, and
+    what was ``skipped``."""
     options = {**asdict(settings), 'device': str(settings.device)}
     return dict(format=1, hardware=describe_hardware(settings.device), versions=versions(), settings=options,
-                rows=[row.summary() for row in rows])
+                rows=[row.summary() for row in rows], skipped=list(skipped))
 
 
 def _seconds(function: Callable, loops: int, settings: Settings) -> float:

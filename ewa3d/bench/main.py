@@ -22,6 +22,7 @@ from ewa3d.bench import (
     vit,
 )
 from ewa3d.bench.harness import CLOCKS, DTYPES, Case, Row, Settings, measure, report, table
+from ewa3d.cli.errors import one_line
 from ewa3d.cli.options import Parser
 from ewa3d.engine.memory import keep_freed_memory
 from ewa3d.files import atomic_write, check_writable
@@ -47,8 +48,10 @@ SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
 }
 
 
-def run(suites: Sequence[str], settings: Settings, tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
-    """Measure the cases of ``suites``; ``tell`` hears of each row when its case is done.
+def run(suites: Sequence[str], settings: Settings, tell: Callable[[Row], None] = lambda row: None,
+        skip: Callable[[dict], None] = lambda what: None) -> list[Row]:
+    """Measure the cases of ``suites``; ``tell`` hears of each row when its case is done, ``skip`` of what cannot be
+    measured here: ``suite``, ``case``, ``variant`` (or ``None`` for all) and ``reason``.
 
     Raises:
         ValueError: a suite that does not exist.
@@ -58,11 +61,26 @@ def run(suites: Sequence[str], settings: Settings, tell: Callable[[Row], None] =
             raise ValueError(f'no suite {name!r}; {nearest(name, SUITES)}')
     rows = []
     for name in suites:
-        for case in SUITES[name](settings):
-            for row in measure(case, settings, name):
-                rows.append(row)
+        for case in _cases(name, settings, skip):
+            for variant, reason in case.skipped.items():
+                skip(dict(suite=name, case=case.name, variant=variant, reason=reason))
+            try:
+                found = measure(case, settings, name)
+            except ImportError as error:
+                skip(dict(suite=name, case=case.name, variant=None, reason=one_line(error)))
+                continue
+            rows += found
+            for row in found:
                 tell(row)
     return rows
+
+
+def _cases(name: str, settings: Settings, skip: Callable[[dict], None]) -> Iterator[Case]:
+    """The cases of a suite, up to one that needs a package which is not there."""
+    try:
+        yield from SUITES[name](settings)
+    except ImportError as error:
+        skip(dict(suite=name, case=None, variant=None, reason=one_line(error)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,14 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--clock', choices=CLOCKS, default='wall',
                         help="'cpu': processor time of this process, for a busy machine (default: %(default)s)")
-    parser.add_argument('--out', help='write hardware, versions, settings and all timings to this JSON file')
+    parser.add_argument('--out', '--json', help='write hardware, versions, settings and all timings to this JSON file')
     parser.add_argument('--quick', action='store_true', help='tiny sizes: does it run? Its numbers mean nothing.')
     args = parser.parse_args(argv)
     if args.threads < 1 or args.repeat < 1:
         parser.error(f'--threads {args.threads} --repeat {args.repeat}: both must be at least 1')
-    device = torch.device(args.device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        parser.error(f'--device {args.device}: torch sees no CUDA device here')
+    device = _device(args.device, parser)
     unknown = next((name for name in args.suites if name not in SUITES), None)
     if unknown is not None:
         parser.error(f'no suite {unknown!r}; {nearest(unknown, SUITES)}')
@@ -93,16 +109,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()  # as the Runner does: a step is timed under the conditions of a training run
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
+    settings = Settings(device, tuple(args.dtype), args.threads, args.repeat, args.quick, args.seed, args.clock)
+    rows, skipped = [], []
+
+    def tell(row: Row) -> None:
+        rows.append(row)
+        _progress(row)
     try:
-        settings = Settings(device, tuple(args.dtype), args.threads, args.repeat, args.quick, args.seed, args.clock)
-        rows = run(args.suites or list(SUITES), settings, _progress)
+        run(args.suites or list(SUITES), settings, tell, skipped.append)
     finally:
         torch.set_num_threads(threads)
-    result = report(rows, settings)
-    _say(_describe(result), table(rows), sep='\n\n')
-    if args.out:
-        _say(f'written to {atomic_write(args.out, json.dumps(result, indent=1) + chr(10))}')
+        if rows or skipped:  # hours of measurements are not lost to an error in what comes after them
+            _tell_all(report(rows, settings, skipped), rows, args.out)
     return 0
+
+
+def _tell_all(result: dict, rows: list[Row], out: str | None) -> None:
+    reasons = dict.fromkeys(f'skipped: {what["suite"]}, {what["variant"] or what["case"] or "what follows"}: '
+                            f'{what["reason"]}' for what in result['skipped'])
+    _say(_describe(result), table(rows), *(['\n'.join(reasons)] if reasons else []), sep='\n\n')
+    if out:
+        _say(f'written to {atomic_write(out, json.dumps(result, indent=1) + chr(10))}')
+
+
+def _device(name: str, parser: Parser) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ('cpu', 'cuda'):
+        parser.error(f'--device {name}: cpu, cuda or cuda:N was expected')
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        parser.error(f'--device {name}: torch sees no CUDA device here')
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(f'--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s) here')
+    return device
 
 
 def _describe(result: dict) -> str:

@@ -1,4 +1,5 @@
-"""Operators on points and boxes and attention against plain torch forms of the same thing."""
+"""Operators on points and boxes and attention against plain torch forms of the same thing, and against pytorch3d."""
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -31,33 +32,38 @@ def cases(settings: Settings) -> Iterator[Case]:
     dtype. Attention, forward and backward, by dtype."""
     from ewa3d import ops
     from ewa3d.layers.block import attend, pointwise
+    missing = _missing('pytorch3d.ops')
     for batch, points, samples in QUICK_FPS if settings.quick else FPS_SIZES:
         cloud = _clouds(batch, points, settings)
-        yield Case(f'fps {batch}×{points}→{samples}', {
+        yield Case(f'fps {batch}×{points}→{samples}', **_and_pytorch3d(missing, {
             'mask assign': _bound(fps_mask_assign, cloud, samples),
             'x, y, z apart, in place': _bound(fps_in_place, cloud, samples),
-            'ewa3d': _bound(ops.fps, cloud, samples)})
+            'ewa3d': _bound(ops.fps, cloud, samples)}, _bound(partial(ops.fps, backend='pytorch3d'), cloud, samples)))
     for batch, points, queries, k in QUICK_KNN if settings.quick else KNN_SIZES:
         cloud = _clouds(batch, points, settings)
         centres = cloud[:, :queries].contiguous()
-        yield Case(f'knn {batch}×{points}, {queries} queries, k={k}', {
+        yield Case(f'knn {batch}×{points}, {queries} queries, k={k}', **_and_pytorch3d(missing, {
             'cdist + topk': _bound(knn_cdist, centres, cloud, k),
             'centred product + topk': _bound(knn_centred_product, centres, cloud, k),
             'k-d trees': _bound(knn_trees, centres, cloud, k),
-            'ewa3d': _bound(ops.knn, centres, cloud, k)}, memory=True)
+            'ewa3d': _bound(ops.knn, centres, cloud, k)},
+            _bound(partial(ops.knn, backend='pytorch3d'), centres, cloud, k)))
     for batch, points, queries, radius, k in QUICK_BALL if settings.quick else BALL_SIZES:
         cloud = room(points, settings).expand(batch, -1, -1)
         centres = cloud[:, :queries].contiguous()
-        yield Case(f'ball query {batch}×{points}, {queries} queries, radius {radius}, k={k}', {
+        name = f'ball query {batch}×{points}, {queries} queries, radius {radius}, k={k}'
+        yield Case(name, **_and_pytorch3d(missing, {
             'all pairs + topk': _bound(ball_query_topk, centres, cloud, radius, k),
-            'ewa3d': _bound(ops.ball_query, centres, cloud, radius, k)}, memory=True)
+            'ewa3d': _bound(ops.ball_query, centres, cloud, radius, k)},
+            _bound(partial(ops.ball_query, backend='pytorch3d'), centres, cloud, radius, k)))
     for count, points in QUICK_CHAMFER if settings.quick else CHAMFER_SIZES:
-        shape = (count, points, 3)
-        yield Case(f'chamfer {count}×{points}', {
-            'cdist, full graph': _trained(chamfer_cdist, (shape, shape), 'fp32', settings),
-            'argmin + gather': _trained(partial(chamfer_gather, nearest_argmin), (shape, shape), 'fp32', settings),
-            'k-d trees + gather': _trained(partial(chamfer_gather, nearest_trees), (shape, shape), 'fp32', settings),
-            'ewa3d': _trained(ops.chamfer_distance, (shape, shape), 'fp32', settings)}, memory=True)
+        shapes = ((count, points, 3),) * 2
+        yield Case(f'chamfer {count}×{points}', **_and_pytorch3d(missing, {
+            'cdist, full graph': _trained(chamfer_cdist, shapes, 'fp32', settings),
+            'argmin + gather': _trained(partial(chamfer_gather, nearest_argmin), shapes, 'fp32', settings),
+            'k-d trees + gather': _trained(partial(chamfer_gather, nearest_trees), shapes, 'fp32', settings),
+            'ewa3d': _trained(ops.chamfer_distance, shapes, 'fp32', settings)},
+            _trained(partial(ops.chamfer_distance, backend='pytorch3d'), shapes, 'fp32', settings)))
     for patches, points, channels, out in QUICK_POINTWISE if settings.quick else POINTWISE_SIZES:
         shapes = (patches, points, channels), (out, channels)
         yield Case(f'pointwise {patches}×{points}, {channels}→{out}', {
@@ -69,6 +75,22 @@ def cases(settings: Settings) -> Iterator[Case]:
             yield Case(f'attention {"×".join(map(str, shape))}, {dtype}', {
                 'scaled_dot_product_attention': _trained(scaled_dot_product_attention, (shape,) * 3, dtype, settings),
                 'ewa3d': _trained(attend, (shape,) * 3, dtype, settings)})
+
+
+def _missing(module: str) -> str:
+    """Why a module cannot be imported, or nothing."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return ''
+
+
+def _and_pytorch3d(missing: str, variants: dict, builder) -> dict:
+    """What a :class:`Case` is made of, with pytorch3d behind the same function where it is not ``missing``."""
+    if missing:
+        return dict(variants=variants, memory=True, skipped={'pytorch3d': missing})
+    return dict(variants={**variants, 'pytorch3d': builder}, memory=True)
 
 
 def fps_mask_assign(points: Tensor, num: int) -> Tensor:

@@ -19,7 +19,7 @@ DROP_PATH = 0.1
 
 def cases(settings: Settings) -> Iterator[Case]:
     """Plain, 4 experts in every second FFN, 4 experts in every FFN; averaging after each optimizer step included. And
-    as published, in low precision also beside the published form in fp32."""
+    as published, in low precision also beside the published form in fp32. On a GPU, compiled as well."""
     size = QUICK if settings.quick else FULL
     for dtype in settings.dtypes:
         name = (f'train step {size["depth"]} × {size["dim"]}, {size["num_groups"]} groups × {size["group_size"]}, '
@@ -29,12 +29,22 @@ def cases(settings: Settings) -> Iterator[Case]:
                     'as published': _published(settings, size, dtype)}
         if dtype != 'fp32':
             variants['as published, fp32'] = _published(settings, size, 'fp32')
-        yield Case(name, variants)
+        compiled = {'plain, compiled': _step(settings, size, dtype, wrap=_compiled),
+                    'EWA, every 2nd FFN, compiled': _step(settings, size, dtype, every=2, wrap=_compiled)}
+        on_gpu = settings.device.type == 'cuda'
+        yield Case(name, {**variants, **compiled} if on_gpu else variants, skipped={} if on_gpu else dict.fromkeys(
+            compiled, 'measured with --device cuda'))
 
 
-def _step(settings: Settings, size: dict, dtype: str, every: int = 0):
+def _step(settings: Settings, size: dict, dtype: str, every: int = 0, wrap=lambda model: model):
     """A builder of :func:`training_step`."""
-    return lambda: training_step(settings, size, dtype, ewa_rules(every))
+    return lambda: training_step(settings, size, dtype, ewa_rules(every), wrap=wrap)
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """As ``compile = True`` of a config has it: from the clouds to the head's input."""
+    model.extract = torch.compile(model.extract)
+    return model
 
 
 def ewa_rules(every: int) -> list[dict]:

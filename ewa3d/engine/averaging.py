@@ -66,17 +66,30 @@ def _average(stacked: Tensor, share_rate: float) -> None:
         return
     local, groups = _local(stacked)
     wide = local.float() if local.dtype in (torch.float16, torch.bfloat16) else local
-    experts = wide.unbind(0)
-    mean = experts[0].clone() if experts else wide.new_zeros(wide.shape[1:])  # of a shard, all may be elsewhere
-    for expert in experts[1:]:  # adding whole experts is twice as fast as a reduction over the leading dimension
-        mean += expert
+    mean = _sum(wide)
     for group in groups:
         dist.all_reduce(mean, group=group)
     mean /= len(stacked)
-    for expert in experts:
-        expert.lerp_(mean, weight)
+    for part in wide.unbind(0) if _one_by_one(wide) else (wide,):
+        part.lerp_(mean, weight)
     if wide is not local:
         local.copy_(wide)
+
+
+def _sum(wide: Tensor) -> Tensor:
+    if not _one_by_one(wide):
+        return wide.sum(0)
+    first, *others = wide.unbind(0)
+    total = first.clone()
+    for expert in others:
+        total += expert
+    return total
+
+
+def _one_by_one(experts: Tensor) -> bool:
+    """Whether whole experts are worked on one after the other: on a CPU that is twice as fast as a reduction over the
+    leading dimension, on a GPU every call costs. Of a shard, all experts may be elsewhere."""
+    return experts.device.type == 'cpu' and len(experts) > 0
 
 
 def _tensors(experts) -> Iterable[Tensor]:
@@ -239,6 +252,10 @@ def _expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if not module.can_average:
             raise ValueError(f'{module_name!r} has low-rank experts, whose factors cannot be averaged; expand it with '
                              'full residuals (rank=None), or train it without EWA')
+        for name, layer in module.named_modules():
+            if name and any(cls.__name__ == 'FSDPModule' for cls in type(layer).__mro__):
+                raise ValueError(f'fully_shard was called on {module_name}.{name}, a part of {module_name!r} that does '
+                                 'not run by itself: call it on that module, or on the block around it')
         for parameter in module.expert_parameters():
             name = names[id(parameter)]
             if parameter.ndim == 0 or len(parameter) != module.num_experts:

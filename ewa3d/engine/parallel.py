@@ -6,8 +6,9 @@ from mmengine.dist import all_gather_object
 from mmengine.optim import OptimWrapperDict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
-__all__ = ['RULES', 'check_sync_bn', 'lr_ratio', 'mean_over_ranks', 'scale_rates']
+__all__ = ['RULES', 'batch_size_of', 'check_sync_bn', 'lr_ratio', 'mean_over_ranks', 'scale_rates']
 
 RULES = {'linear': float, 'sqrt': math.sqrt}
 _CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -19,12 +20,26 @@ def lr_ratio(batch_size: int, base_batch_size: int, rule: str = 'linear') -> flo
     return RULES[rule](batch_size / base_batch_size)
 
 
+def batch_size_of(loader: DataLoader) -> int:
+    """How many samples a batch of one rank has.
+
+    Raises:
+        ValueError: nobody can tell, or batches of several sources have different sizes.
+    """
+    sampler = loader.batch_sampler
+    sizes = getattr(sampler, 'sizes', None) or [getattr(sampler, 'batch_size', None)]
+    if None in sizes or len(set(sizes)) > 1:
+        raise ValueError(f'auto_scale_lr needs batches of one size, and those of {type(sampler).__name__} have '
+                         f'{" and ".join(map(str, sizes))}: leave it out and set the learning rate itself')
+    return sizes[0]
+
+
 def scale_rates(optim_wrapper, ratio: float) -> None:
     """Multiply the learning rate of every group of an optimizer, or of several."""
     wrappers = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
     for wrapper in wrappers:
         for group in wrapper.optimizer.param_groups:
-            group['lr'] *= ratio
+            group['lr'] = group['lr'] * ratio  # not in place: groups may share a tensor
 
 
 def check_sync_bn(model: nn.Module, on_gpu: bool) -> None:

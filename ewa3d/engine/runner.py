@@ -32,7 +32,7 @@ from ewa3d.engine.intact import damage, find_intact_checkpoint
 from ewa3d.engine.interrupt import catch_signals
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
-from ewa3d.engine.parallel import check_sync_bn, lr_ratio, scale_rates
+from ewa3d.engine.parallel import batch_size_of, check_sync_bn, lr_ratio, scale_rates
 from ewa3d.engine.plain import to_plain
 from ewa3d.engine.ranks import process_group_timeout, together, watch
 from ewa3d.engine.reporting import close_displays, log_end, log_result, log_start
@@ -40,6 +40,7 @@ from ewa3d.engine.sharding import FULLY_SHARD, gathered, shard, shared_out
 from ewa3d.engine.validate import check_config
 from ewa3d.engine.workers import TIMEOUT, end_workers, explain, watched
 from ewa3d.files import atomic_write
+from ewa3d.layers.checkpointing import checkpoint_modules
 from ewa3d.models.build import without_pretrained
 from ewa3d.registry import PARAM_SCHEDULERS, RUNNERS
 
@@ -88,6 +89,7 @@ class Runner(_Runner):
         self.selection = selection(cfg or {}) if train_cfg is not None else ('given', 'a checkpoint is evaluated')
         self.last_metrics: dict = {}
         self.interruption = None  # while training: which signal came
+        self._checkpointing = None
         name = experiment_name or Path((cfg and cfg.filename) or 'run').stem
         super().__init__(model, work_dir, train_cfg=train_cfg, experiment_name=f'{name}-{next(_RUNS)}',
                          default_scope=default_scope, randomness=dict(randomness or dict(seed=0)), cfg=cfg, **kwargs)
@@ -184,8 +186,13 @@ class Runner(_Runner):
     def _init_model_weights(self) -> None:
         """Nothing: models initialise themselves in their constructors, then load, then expand.
 
-        mmengine would call ``init_weights`` here, after the optimizer was built, and wipe loaded weights.
+        mmengine would call ``init_weights`` here, after the optimizer was built, and wipe loaded weights. It comes to
+        ``activation_checkpointing`` next, which is done here instead: by its own, the copy of a model that an EMA
+        keeps would run with the weights of the original, and batch statistics would move twice a step.
         """
+        self._checkpointing = self.cfg.pop('activation_checkpointing', None)
+        if self._checkpointing:
+            checkpoint_modules(unwrapped(self.model), self._checkpointing)
 
     @staticmethod
     def build_dataloader(dataloader, seed=None, diff_rank_seed: bool = False) -> DataLoader:
@@ -233,8 +240,7 @@ class Runner(_Runner):
         """mmengine's linear rule, or ``rule='sqrt'``; gradient accumulation is not counted, as there."""
         if not (auto_scale_lr or {}).get('enable'):
             return
-        loader, base = self._train_dataloader, auto_scale_lr['base_batch_size']
-        real = self.world_size * (loader['batch_size'] if isinstance(loader, Mapping) else loader.batch_size)
+        real, base = self.world_size * batch_size_of(self.train_dataloader), auto_scale_lr['base_batch_size']
         rule = auto_scale_lr.get('rule', 'linear')
         ratio = lr_ratio(real, base, rule)
         scale_rates(optim_wrapper, ratio)
@@ -246,6 +252,8 @@ class Runner(_Runner):
 
         Heads read samples, which would break the graph; the optimizer step and its hooks are memory-bound.
         """
+        if self._checkpointing:
+            self.cfg.activation_checkpointing = self._checkpointing  # mmengine has passed it by
         options = self.cfg.get('compile')
         if not options:
             return

@@ -36,7 +36,7 @@ LOADER_KEYS = {'dataset', 'sampler', 'batch_sampler', 'collate_fn', 'worker_init
 KINDS = {**{f'{split}_{part}': (dict,) for split in ('train', 'val', 'test') for part in ('dataloader', 'cfg')},
          **dict.fromkeys(('model', 'optim_wrapper', 'default_hooks', 'visualizer'), (dict,)),
          **dict.fromkeys(('val_evaluator', 'test_evaluator', 'param_scheduler'), (dict, list)),
-         'custom_hooks': (list,)}
+         'custom_hooks': (list,), 'activation_checkpointing': (list, str)}
 # Dictionaries without a type, by dotted path.
 SECTIONS = {'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'),
             'env_cfg.mp_cfg': ('mp_start_method', 'opencv_num_threads'),

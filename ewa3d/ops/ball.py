@@ -57,7 +57,7 @@ def _ball_query(query: Tensor, points: Tensor, radius: float, k: int, backend: s
     large = points.shape[1] >= base.TREE_POINTS and query.shape[1] >= base.TREE_QUERIES
     if points.device.type == 'cpu' and large and len(points) and base.tree_class() is not None:
         dtype = points.numpy().dtype
-        return base.search_trees(functools.partial(_search_tree, radius=radius, dtype=dtype), query, points, k)
+        return base.search_clouds(functools.partial(_search_tree, radius=radius, dtype=dtype), query, points, k)
     return _by_scan(query, points, radius, k)
 
 

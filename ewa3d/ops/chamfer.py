@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ewa3d.ops import backends
-from ewa3d.ops.points import CHUNK, DEVICE_CHUNK, check_points, gather, search_trees, tree_class
+from ewa3d.ops.points import CHUNK, DEVICE_CHUNK, check_points, gather, search_clouds, tree_class
 from ewa3d.registry import nearest as nearest_names
 
 __all__ = ['chamfer_distance', 'nearest_squared']
@@ -93,7 +93,7 @@ def _nearest(x: Tensor, y: Tensor, backend: str = 'auto') -> Tensor:
         return backends.nearest(module, x, y)
     on_cpu = x.device.type == 'cpu'
     if on_cpu and min(x.shape[1], y.shape[1]) >= TREE_POINTS and tree_class() is not None:
-        return search_trees(_search_nearest, x, y, 1).squeeze(-1)
+        return search_clouds(_search_nearest, x, y, 1).squeeze(-1)
     limit, M = CHUNK if on_cpu else DEVICE_CHUNK, y.shape[1]
     clouds = max(1, limit // (x.shape[1] * M))  # at a time
     rows = max(1, limit // M) if clouds == 1 else x.shape[1]

@@ -6,6 +6,7 @@ results are the same.
 Indices carry no gradient; ``gather`` and the distances of ``knn`` do.
 """
 import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -37,8 +38,8 @@ def check_points(points: Tensor, name: str = 'points') -> None:
         raise TypeError(f'{name} must be a floating point tensor, got {getattr(points, "dtype", type(points))}')
     if points.ndim != 3 or points.shape[-1] != 3:
         raise ValueError(f'{name} must have the shape (B, N, 3), got {tuple(points.shape)}')
-    if points.device.type == 'cpu' and not _tracing():
-        finite = points.isfinite()
+    if points.device.type == 'cpu' and not _tracing() and not points.detach().sum().isfinite():
+        finite = points.isfinite()  # a sum is quick, and may overflow
         if not finite.all():
             bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
             raise ValueError(f'{name} has NaN or infinite coordinates in sample(s) {bad} of the batch')
@@ -66,7 +67,7 @@ def knn(query: Tensor, points: Tensor, k: int, backend: str = 'auto') -> tuple[T
     if _tracing():
         return _distances(query, points, idx), idx
     limit = 2 * CHUNK if points.device.type == 'cpu' else DEVICE_CHUNK
-    rows = max(1, limit // max(1, len(points) * k))
+    rows = max(1, limit // max(1, len(points) * idx.shape[-1]))
     parts = zip(query.split(rows, 1), idx.split(rows, 1))
     return torch.cat([_distances(part, points, found) for part, found in parts], 1), idx
 
@@ -109,10 +110,8 @@ def _neighbours(query: Tensor, points: Tensor, k: int, backend: str) -> Tensor:
         return backends.neighbours(module, query, points, k)
     if points.device.type != 'cpu':
         return _by_topk(query, points, k)
-    if points.shape[1] >= TREE_POINTS and query.shape[1] >= TREE_QUERIES and tree_class() is not None:
-        return search_trees(_search_tree, query, points, k)
-    return torch.stack([_by_partition(q, p, k) for q, p in zip(query, points)]) if len(points) else \
-        torch.empty(*query.shape[:2], k, dtype=torch.int64)
+    large = points.shape[1] >= TREE_POINTS and query.shape[1] >= TREE_QUERIES
+    return search_clouds(_search_tree if large and tree_class() is not None else _search_pairs, query, points, k)
 
 
 def _index_mask(N: int) -> int:
@@ -162,18 +161,6 @@ def _neighbours_functional(query: Tensor, points: Tensor, k: int) -> Tensor:
     return (rounded * ((index.double() + 2**52) / 2**52)).topk(k, dim=-1, largest=False)[1]
 
 
-def _by_partition(query: Tensor, points: Tensor, k: int) -> Tensor:
-    """Neighbours in one cloud, comparing every pair, as many queries at a time as fit the cache."""
-    N = len(points)
-    found = []
-    for part in query.split(max(1, CHUNK // N)):
-        keys = _ranked_keys(part, points).numpy()
-        if k < N:
-            keys.partition(k - 1, axis=-1)
-        found.append(np.sort(keys[:, :k], axis=-1) & _index_mask(N))
-    return torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, k, dtype=torch.int64)
-
-
 @functools.cache
 def tree_class():
     """scipy's k-d tree, or ``None``."""
@@ -184,27 +171,30 @@ def tree_class():
     return cKDTree
 
 
-def search_trees(search, query: Tensor, points: Tensor, k: int) -> Tensor:
+def search_clouds(search, query: Tensor, points: Tensor, k: int) -> Tensor:
     """``search(query, points, found, workers=...)`` for every cloud, in float64, on as many threads as torch uses: one
     cloud each, or, where there is one cloud, some of its queries each. Returns the indices found, ``(B, M, k)``."""
     threads = torch.get_num_threads()
     found = np.empty((*query.shape[:2], k), np.int64)
     search = functools.partial(search, workers=threads if len(points) == 1 else 1)
-    work = query.double().numpy(), points.double().numpy(), found
-    if threads > 1 and len(points) > 1:
-        with ThreadPoolExecutor(min(threads, len(points))) as pool:
-            list(pool.map(search, *work))
-    else:
-        list(map(search, *work))
+    work = zip(query.double().numpy(), points.double().numpy(), found)
+    _on_threads(lambda cloud: search(*cloud), list(work), threads)
     return torch.from_numpy(found)
+
+
+def _on_threads(function, items: Sequence, threads: int) -> None:
+    """``function`` of each of ``items``. (Work in numpy: torch's own threads would multiply with these.)"""
+    if threads > 1 and len(items) > 1:
+        with ThreadPoolExecutor(min(threads, len(items))) as pool:
+            list(pool.map(function, items))
+    else:
+        for item in items:
+            function(item)
 
 
 def _search_tree(query: np.ndarray, points: np.ndarray, found: np.ndarray, workers: int) -> None:
     """Neighbours in one cloud, into ``found`` ``(M, k)``. A tree breaks ties as it likes, so its candidates are ranked
-    again, and queries whose last neighbour ties with the next one are compared with every point.
-
-    All in numpy: torch's own threads would multiply with those of the pool.
-    """
+    again, and queries whose last neighbour ties with the next one are compared with every point."""
     k, mask = found.shape[1], _index_mask(len(points))
     candidates = min(k + 1, len(points))
     tree = tree_class()(points, leafsize=LEAF, balanced_tree=False, compact_nodes=False)
@@ -221,8 +211,36 @@ def _search_tree(query: np.ndarray, points: np.ndarray, found: np.ndarray, worke
         if candidates > k:
             tied = np.flatnonzero((keys[:, k - 1] | mask) == (keys[:, k] | mask))
             if len(tied):
-                keys[tied, :k] = _by_partition(torch.from_numpy(part[tied]), torch.from_numpy(points), k).numpy()
+                found_again = np.empty((len(tied), k), np.int64)
+                _search_pairs(part[tied], points, found_again)
+                keys[tied, :k] = found_again
         np.bitwise_and(keys[:, :k], mask, out=found[start:start + rows])
+
+
+def _search_pairs(query: np.ndarray, points: np.ndarray, found: np.ndarray, workers: int = 1) -> None:
+    """Neighbours in one cloud, into ``found`` ``(M, k)``, comparing every pair, as many queries at a time as fit the
+    cache."""
+    N, k = len(points), found.shape[1]
+    mask, index, axes = _index_mask(N), np.arange(N), points.T.copy()
+    rows = max(1, CHUNK // N)
+
+    @np.errstate(over='ignore')
+    def search(start: int) -> None:
+        part = query[start:start + rows].T[..., None]
+        distance = part[0] - axes[0]
+        np.square(distance, out=distance)
+        term = np.empty_like(distance)
+        for coordinate, axis in zip(part[1:], axes[1:]):
+            np.subtract(coordinate, axis, out=term)
+            distance += np.square(term, out=term)
+        keys = distance.view(np.int64)
+        keys &= ~mask
+        keys |= index
+        if k < N:
+            keys.partition(k - 1, axis=-1)
+        np.bitwise_and(np.sort(keys[:, :k], axis=-1), mask, out=found[start:start + rows])
+
+    _on_threads(search, range(0, len(query), rows), workers)
 
 
 def gather(points: Tensor, idx: Tensor) -> Tensor:
