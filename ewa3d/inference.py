@@ -26,7 +26,7 @@ from ewa3d.predictions import Prediction, prediction_of
 from ewa3d.registry import nearest
 from ewa3d.structures import Sample
 
-__all__ = ['Usage', 'predict', 'prepare', 'usage_of']
+__all__ = ['Usage', 'originals', 'predict', 'prepare', 'usage_of']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,3 +366,18 @@ def prepare(model: nn.Module, points, category=None, task: str | None = None,
         shapes = {tuple(value.shape[1:]) for inputs in found for value in inputs.values()}
         raise ValueError(f'one batch was expected, the samples have the shapes {sorted(shapes)}; give them one by one')
     return found[0]
+
+
+def originals(model: nn.Module, files: Sequence[str | Path], task: str | None = None) -> tuple[list[np.ndarray], str]:
+    """What is in files, as :func:`predict` reads them and as its parts and boxes are told for: clouds ``(N, 3+F)`` or
+    images ``(H, W, C)``; and the axis of the clouds that points up.
+
+    Raises:
+        ValueError: videos, which are no one picture; and what ``predict`` raises.
+    """
+    usage, _ = _chosen(model, task, None)
+    cls = _given_class(usage)
+    if cls is _Clips:
+        raise ValueError('pictures are drawn of clouds and images; the model takes videos')
+    data = cls(_entries(list(files), cls)[0], [], {}, columns=_columns(model, usage))
+    return [data.raw(i)[cls.key] for i in range(len(data))], usage.metainfo.get('up_axis') or 'z'
