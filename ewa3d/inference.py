@@ -197,7 +197,7 @@ def _array(item, name: str, cls: type) -> np.ndarray:
     except ValueError as error:  # rows of different lengths
         raise ValueError(f'{name}: {error}') from error
     if array.dtype.kind not in 'fiu':
-        what = type(item).__name__ if array.dtype == object else f'an array of {array.dtype}'
+        what = f'an array of {array.dtype}' if isinstance(item, np.ndarray) or array.ndim else type(item).__name__
         raise TypeError(f'{name}: an array of numbers or a path was expected, got {what}')
     return array[..., None] if cls is _Images and array.ndim == 2 else array
 
@@ -357,11 +357,13 @@ def prepare(model: nn.Module, points, category=None, task: str | None = None,
     """The model's inputs for clouds, images or clips, on its device: a batch, also of one.
 
     Raises:
-        ValueError: samples that the pipeline leaves in different shapes; and what ``predict`` raises.
+        ValueError: nothing, or samples that the pipeline leaves in different shapes; and what ``predict`` raises.
     """
     size = len(points) if isinstance(points, (list, tuple, np.ndarray, Tensor)) else 1
     batches, _, _ = _batches(model, points, category, task, pipeline, max(size, 1))
     found = [inputs for inputs, _, _ in batches]
+    if not found:
+        raise ValueError('nothing was given; a sample or a list of them was expected')
     if len(found) != 1:
         shapes = {tuple(value.shape[1:]) for inputs in found for value in inputs.values()}
         raise ValueError(f'one batch was expected, the samples have the shapes {sorted(shapes)}; give them one by one')

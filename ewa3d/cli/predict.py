@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ewa3d.cli.options import Parser, add_cfg_options, load_config
-from ewa3d.engine.checkpoint import SUFFIXES
+from ewa3d.config_files import is_checkpoint
 from ewa3d.files import atomic_write, check_writable
 
 __all__ = ['main']
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
     add_cfg_options(parser)
     args = parser.parse_intermixed_args(argv)  # files may come behind options
-    if args.config is not None and Path(args.config).suffix in SUFFIXES:  # a checkpoint, and no config before it
+    if is_checkpoint(args.config):  # and no config before it
         args.config, args.checkpoint, args.files = None, args.config, [args.checkpoint, *args.files]
     if args.config is None and args.cfg_options:
         raise ValueError('--cfg-options change a config, and none is given')

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ewa3d.config_files import find_config
+from ewa3d.checks import check_integer
+from ewa3d.config_files import find_config, is_checkpoint
 from ewa3d.models.task import TaskModel
 from ewa3d.models.weights import num_outputs
 from ewa3d.registry import MODELS, nearest
@@ -28,11 +29,17 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
 
     Raises:
         FileNotFoundError: no such config or checkpoint.
-        KeyError: the config has no ``model``.
-        ValueError: the checkpoint is that of another model, or has no config and none is given.
+        KeyError: the config has no ``model``. TypeError: something else in place of a config.
+        ValueError: ``num_classes`` below 1; the checkpoint is that of another model, or has no config and none is
+            given.
     """
     weights = {}
-    if checkpoint is None and isinstance(config, (str, Path)) and Path(config).suffix in ('.pth', '.safetensors'):
+    if not isinstance(config, (str, Path, Config, Mapping)):
+        raise TypeError(f'config: a path, a name from ewa3d.list_configs(), a Config or a dict was expected, got '
+                        f'{type(config).__name__}')
+    if num_classes is not None:
+        check_integer('num_classes', num_classes, 1)
+    if checkpoint is None and is_checkpoint(config):
         checkpoint = config
     if checkpoint is not None:
         from ewa3d.engine.checkpoint import load_any, read_checkpoint, select_weights
@@ -42,7 +49,7 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
     cfg = whole.get('model', whole)
     if 'type' not in cfg:
         raise KeyError(f"{name} has no 'type'; expected model=dict(type='TaskModel', …), found {sorted(cfg)}")
-    if num_classes and 'num_classes' in _parameters(cfg.get('head')):
+    if num_classes is not None and 'num_classes' in _parameters(cfg.get('head')):
         cfg['head'].update(num_classes=num_classes)
     fill_from_checkpoint(cfg, weights)
     if weights:
