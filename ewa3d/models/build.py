@@ -13,7 +13,8 @@ from ewa3d.models.task import TaskModel
 from ewa3d.models.weights import num_outputs
 from ewa3d.registry import MODELS, nearest
 
-__all__ = ['build', 'fill_from_checkpoint', 'fill_model', 'wanted_from_data', 'without_pretrained']
+__all__ = ['build', 'fill_from_checkpoint', 'fill_from_data', 'fill_model', 'lacks', 'wanted_from_data',
+           'without_pretrained']
 
 
 def build(config: str | Path | Config | dict, checkpoint: str | Path | None = None,
@@ -55,8 +56,8 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
     if weights:
         cfg = without_pretrained(cfg)  # the checkpoint has it all
     metainfo = (weights.get('meta') or {}).get('dataset_meta') or {}
-    if not metainfo and config is not checkpoint and (weights or _lacks(cfg)):
-        metainfo = _fill_from_data(whole, cfg)
+    if not metainfo and config is not checkpoint and (weights or lacks(cfg)):
+        metainfo = fill_from_data(whole, cfg)
     if config is checkpoint:
         from ewa3d.fusing import build_stored
         model = build_stored(cfg, checkpoint, select_weights(weights)[0])
@@ -80,21 +81,25 @@ def _config_dict(config, checkpoint, weights: Mapping) -> dict:
     return config.to_dict() if isinstance(config, Config) else copy.deepcopy(dict(config))
 
 
-def _fill_from_data(whole: Mapping, cfg: MutableMapping) -> Mapping:
-    """The metainfo of the config's data, where they are there; what the model's config lacks is filled in from it."""
+def fill_from_data(whole: Mapping, cfg: MutableMapping) -> Mapping:
+    """The metainfo of the config's data, where they are there; what the model's config lacks is filled in from it.
+
+    Args:
+        whole: the config. cfg: its model, which is changed.
+    """
     from ewa3d.engine.derive import metainfo_of
     for split in ('train', 'val', 'test'):
         metainfo = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ImportError):  # a model needs no data
             metainfo = metainfo_of(whole.get(f'{split}_dataloader'))
         if metainfo:
-            if _lacks(cfg):
+            if lacks(cfg):
                 fill_model(cfg, metainfo, split)
             return metainfo
     return {}
 
 
-def _lacks(cfg: Mapping) -> bool:
+def lacks(cfg: Mapping) -> bool:
     """Whether something that data can tell is missing in a model's config."""
     branches = [task for task in (cfg.get('tasks') or {}).values() if isinstance(task, Mapping)] or [cfg]
     return any(branch[part].get(key) is None for branch in branches for part, key in wanted_from_data(branch))
