@@ -1,4 +1,5 @@
 """ewa3d: train-time structure that collapses into a plain model, for transformers on point clouds and images."""
+import sys
 from typing import TYPE_CHECKING
 
 __version__ = '0.1.0.dev0'
@@ -24,4 +25,9 @@ def __getattr__(name: str):
     if name in _LAZY:
         from importlib import import_module
         return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}', name=name, obj=sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    """What is imported on first use is there as well: for completion, and for the nearest name in an error."""
+    return sorted({*globals(), *__all__})

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ewa3d.checks import check_integer
+from ewa3d.datasets.io import import_open3d
 from ewa3d.engine.derive import dataset_cfgs
-from ewa3d.gallery import by_source, write_gallery
+from ewa3d.files import check_writable
+from ewa3d.gallery import by_source, sample_cells, write_gallery
 from ewa3d.registry import DATASETS
+from ewa3d.viewer import show_clouds
 
 __all__ = ['browse', 'main']
 
@@ -22,19 +25,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--epoch', type=int, default=0, help='whose augmentation is shown (0)')
     parser.add_argument('--out', type=Path, help='a folder; default: browse/<name of the config>')
     parser.add_argument('--ply', action='store_true', help='write every cloud as a PLY file as well')
+    parser.add_argument('--window', action='store_true', help='show the clouds in a window of open3d afterwards')
     args = parser.parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)
     out = args.out or Path('browse') / Path(args.config).stem
-    sys.stdout.writelines(f'{path}\n' for path in browse(cfg, out, args.split, args.num, args.epoch, args.ply))
+    check_writable(out, '--out')
+    if args.window:
+        import_open3d()
+    sys.stdout.writelines(f'{path}\n' for path in browse(cfg, out, args.split, args.num, args.epoch, args.ply,
+                                                          args.window))
     return 0
 
 
-def browse(cfg, out: str | Path, split: str = 'train', num: int = 12, epoch: int = 0, ply: bool = False) -> list[Path]:
+def browse(cfg, out: str | Path, split: str = 'train', num: int = 12, epoch: int = 0, ply: bool = False,
+           window: bool = False) -> list[Path]:
     """Pictures of samples of a config's data, as a model is given them; of a mixture, one picture a source.
 
     Args:
         cfg: a config. out: the folder to write to. split: which loader. num: samples of each data set, spread evenly.
         epoch: whose augmentation is shown; under the seed that the config gives its run. ply: write the clouds, too.
+        window: show the clouds of each data set in a window of open3d, until it is closed.
 
     Returns:
         the files.
@@ -58,6 +68,11 @@ def browse(cfg, out: str | Path, split: str = 'train', num: int = 12, epoch: int
         items = [source[i] for i in indices]
         heading = f'{name or type(source).__name__}, {split}: {len(source)} samples; {_shapes(items[0])}'
         written += write_gallery(items, source, Path(out) / f'{split}{f"_{name}" if name else ""}', heading, ply=ply)
+        if window:
+            cells = sample_cells(items, source)
+            if 'clouds' not in cells:
+                raise KeyError(f'{heading}: a window shows clouds; the pictures are in {out}')
+            show_clouds(cells['clouds'], cells.get('colors'), heading)
     return written
 
 

@@ -5,7 +5,11 @@ from pathlib import Path
 
 from ewa3d.registry import nearest
 
-__all__ = ['config_root', 'find_config', 'list_configs']
+__all__ = ['config_root', 'find_config', 'is_checkpoint', 'list_configs']
+
+CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
+WEIGHT_SUFFIXES = ('.pth', '.pt', '.ckpt', '.safetensors')
+EXPORTED = {'.onnx': 'onnxruntime', '.pt2': 'torch.export.load'}  # and what opens it
 
 
 def config_root() -> Path:
@@ -40,10 +44,12 @@ def find_config(name: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is neither such a file nor such a name; tells the nearest ones.
-        ValueError: several folders have a config of this name. IsADirectoryError: a folder.
+        ValueError: several folders have a config of this name; a file that is no config. IsADirectoryError: a folder.
     """
     path = Path(name).expanduser()
     if path.is_file():
+        if path.suffix not in CONFIG_SUFFIXES:
+            raise ValueError(f'config {path}: a config ends in {", ".join(CONFIG_SUFFIXES)}, got {path.suffix!r}')
         return path
     known = list_configs()
     short = os.fspath(name).replace('\\', '/').removeprefix('./').removeprefix('configs/').removesuffix('.py')
@@ -60,3 +66,16 @@ def find_config(name: str | Path) -> Path:
         raise FileNotFoundError(f'config {name} does not exist' + (f'; {hint}' if hint.endswith('?') else
                                                                   '; ewa3d configs lists those that come along'))
     return config_root() / f'{found[0]}.py'
+
+
+def is_checkpoint(name: object) -> bool:
+    """Whether what was given in place of a config is called like a file of weights.
+
+    Raises:
+        ValueError: it is called like an exported model.
+    """
+    suffix = Path(name).suffix if isinstance(name, (str, Path)) else ''
+    if suffix in EXPORTED:
+        raise ValueError(f'{name}: an exported model, which {EXPORTED[suffix]} opens (docs/export.md); a config or a '
+                         'checkpoint was expected')
+    return suffix in WEIGHT_SUFFIXES

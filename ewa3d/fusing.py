@@ -18,7 +18,7 @@ from ewa3d.engine.checkpoint import (
 )
 from ewa3d.engine.plain import to_plain
 from ewa3d.layers.stacked import Experts, iter_experts
-from ewa3d.models.build import fill_from_checkpoint, without_pretrained
+from ewa3d.models.build import fill_from_checkpoint, fill_from_data, lacks, without_pretrained
 from ewa3d.registry import MODELS
 from ewa3d.reparam import Reparam, Report, fuse, glob
 
@@ -133,6 +133,8 @@ def config_of(content: Mapping, config: Mapping | None, checkpoint: Path) -> dic
         if not isinstance(cfg.get('model'), dict):
             raise ValueError(f'the config for {checkpoint} has no model')
         fill_from_checkpoint(cfg['model'], content)
+        if lacks(cfg['model']):
+            fill_from_data(cfg, cfg['model'])  # weights from elsewhere do not tell all
         cfg['model'] = without_pretrained(cfg['model'])
         return cfg
     if not isinstance(stored, Mapping) or not isinstance(stored.get('model'), Mapping):

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ewa3d.charts import page
 from ewa3d.files import atomic_write
+from ewa3d.predictions import BoxPrediction, PartPrediction, Prediction
 from ewa3d.viewer import write_html
 from ewa3d.visualization import (
+    PALETTE,
     PLAIN,
     RIGHT,
     WRONG,
@@ -26,7 +28,7 @@ from ewa3d.visualization import (
 )
 from ewa3d.visualization_boxes import box_cells
 
-__all__ = ['by_source', 'sample_cells', 'write_gallery']
+__all__ = ['by_source', 'sample_cells', 'write_gallery', 'write_predictions']
 
 OBJECTNESS = 0.5  # of the predicted boxes that are drawn
 
@@ -53,7 +55,46 @@ def write_gallery(items: Sequence[Mapping], dataset, stem: str | Path, heading: 
         return [draw_reconstructions([item['inputs']['points'] for item in items], made, png, up=up, heading=heading,
                                      visible=[s.visible_points for s in samples] if masked else None,
                                      titles=[_name(s) for s in samples])]
-    cells = sample_cells(items, dataset, predicted)
+    return _write(sample_cells(items, dataset, predicted), stem, up, heading, ply)
+
+
+def write_predictions(found: Sequence[Prediction], inputs: Sequence, stem: str | Path, up: str = 'z', heading: str = '',
+                      ply: bool = False) -> list[Path]:
+    """``stem.png`` and ``stem.html`` of what a model says about clouds or images: classes below them, points in the
+    colours of their parts, boxes.
+
+    Args:
+        found: of ``model.predict``, one each. inputs: what it was given, ``(N, 3 + F)`` or images ``(H, W, C)`` bytes;
+            :func:`ewa3d.inference.originals` reads files.
+        up: the vertical axis of the clouds. ply: write each cloud to ``stem_<number>.ply`` as well.
+
+    Raises:
+        ValueError: nothing, another number of inputs than predictions, or arrays that are neither.
+    """
+    if len(found) != len(inputs) or not found:
+        raise ValueError(f'{len(found)} predictions and {len(inputs)} inputs; as many of each were expected')
+    names, legend = [Path(one.name).name for one in found], {}
+    if isinstance(found[0], BoxPrediction):
+        classes = {label: name for one in found for label, name in zip(one.labels.tolist(), one.class_names)}
+        return _write(box_cells(inputs, [one.boxes for one in found], [one.labels for one in found], names=names,
+                                classes=classes), Path(stem), up, heading, ply)
+    if isinstance(found[0], PartPrediction):
+        colors = [palette(one.parts) for one in found]
+        if found[0].part_names is not None:
+            shown = sorted({part for one in found for part in one.parts.tolist()})
+            legend = {found[0].part_names[part]: PALETTE[part % len(PALETTE)] for part in shown}
+        return _write(dict(clouds=inputs, titles=names, colors=colors, legend=legend, columns=4), Path(stem), up,
+                      heading, ply)
+    titles = [f'{one.class_name} {one.score:.2f}' for one in found]
+    if np.ndim(inputs[0]) == 3:
+        images = [np.repeat(image, 3, -1) if image.shape[-1] == 1 else image for image in map(np.asarray, inputs)]
+        return _write(dict(images=images, titles=titles), Path(stem), up, heading, ply)
+    return _write(dict(clouds=inputs, titles=titles, columns=4), Path(stem), up, heading, ply)
+
+
+def _write(cells: Mapping, stem: Path, up: str, heading: str, ply: bool) -> list[Path]:
+    """The files of cells, which are keywords of ``draw_images`` or ``draw_clouds``."""
+    png = stem.with_name(f'{stem.name}.png')
     if 'images' in cells:
         draw_images(path=png, heading=heading, **cells)
         picture = base64.b64encode(png.read_bytes()).decode('ascii')
@@ -62,7 +103,7 @@ def write_gallery(items: Sequence[Mapping], dataset, stem: str | Path, heading: 
         return [png, atomic_write(png.with_suffix('.html'), page(heading, body))]
     columns = min(cells['columns'], len(cells['clouds']))
     written = [draw_clouds(path=png, up=up, heading=heading, size=min(max(2.2, 9 / columns), 5), **cells)]
-    turned = {key: cells[key] for key in ('clouds', 'titles', 'colors', 'columns') if key in cells}
+    turned = {key: cells[key] for key in ('clouds', 'titles', 'colors', 'columns', 'legend') if key in cells}
     written.append(write_html(path=png.with_suffix('.html'), up=up, heading=heading, **turned))
     colors = cells.get('colors') or [None] * len(cells['clouds'])
     return written + [write_ply(stem.with_name(f'{stem.name}_{i}.ply'), cloud, color)

@@ -26,7 +26,7 @@ from ewa3d.predictions import Prediction, prediction_of
 from ewa3d.registry import nearest
 from ewa3d.structures import Sample
 
-__all__ = ['Usage', 'predict', 'prepare', 'usage_of']
+__all__ = ['Usage', 'originals', 'predict', 'prepare', 'usage_of']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def _array(item, name: str, cls: type) -> np.ndarray:
     except ValueError as error:  # rows of different lengths
         raise ValueError(f'{name}: {error}') from error
     if array.dtype.kind not in 'fiu':
-        what = type(item).__name__ if array.dtype == object else f'an array of {array.dtype}'
+        what = f'an array of {array.dtype}' if isinstance(item, np.ndarray) or array.ndim else type(item).__name__
         raise TypeError(f'{name}: an array of numbers or a path was expected, got {what}')
     return array[..., None] if cls is _Images and array.ndim == 2 else array
 
@@ -357,12 +357,29 @@ def prepare(model: nn.Module, points, category=None, task: str | None = None,
     """The model's inputs for clouds, images or clips, on its device: a batch, also of one.
 
     Raises:
-        ValueError: samples that the pipeline leaves in different shapes; and what ``predict`` raises.
+        ValueError: nothing, or samples that the pipeline leaves in different shapes; and what ``predict`` raises.
     """
     size = len(points) if isinstance(points, (list, tuple, np.ndarray, Tensor)) else 1
     batches, _, _ = _batches(model, points, category, task, pipeline, max(size, 1))
     found = [inputs for inputs, _, _ in batches]
+    if not found:
+        raise ValueError('nothing was given; a sample or a list of them was expected')
     if len(found) != 1:
         shapes = {tuple(value.shape[1:]) for inputs in found for value in inputs.values()}
         raise ValueError(f'one batch was expected, the samples have the shapes {sorted(shapes)}; give them one by one')
     return found[0]
+
+
+def originals(model: nn.Module, files: Sequence[str | Path], task: str | None = None) -> tuple[list[np.ndarray], str]:
+    """What is in files, as :func:`predict` reads them and as its parts and boxes are told for: clouds ``(N, 3+F)`` or
+    images ``(H, W, C)``; and the axis of the clouds that points up.
+
+    Raises:
+        ValueError: videos, which are no one picture; and what ``predict`` raises.
+    """
+    usage, _ = _chosen(model, task, None)
+    cls = _given_class(usage)
+    if cls is _Clips:
+        raise ValueError('pictures are drawn of clouds and images; the model takes videos')
+    data = cls(_entries(list(files), cls)[0], [], {}, columns=_columns(model, usage))
+    return [data.raw(i)[cls.key] for i in range(len(data))], usage.metainfo.get('up_axis') or 'z'

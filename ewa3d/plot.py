@@ -6,9 +6,11 @@ from pathlib import Path
 
 from ewa3d.charts import confusion_table, line_charts, page
 from ewa3d.files import atomic_write
-from ewa3d.runs import curves_of, read_json, read_metrics, run_names
+from ewa3d.runs import curves_of, differing, read_json, read_metrics, run_names
 
 __all__ = ['main', 'plot_confusion', 'plot_runs']
+
+SUFFIXES = ('.png', '.svg', '.pdf', '.html')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         written = plot_confusion(args.runs[0], args.out or Path('confusion.png'))
     else:
         written = [plot_runs(args.runs, args.out or Path('curves.png'), args.keys)]
+        wrong = differing({name: read_json(Path(folder) / 'environment.json').get('judged') or {}
+                           for name, folder in zip(run_names(args.runs), args.runs)})
+        sys.stderr.write(f'warning: {wrong}: their metrics do not compare\n' if wrong else '')
     sys.stdout.writelines(f'{path}\n' for path in written)
     return 0
 
@@ -39,6 +44,7 @@ def plot_runs(folders: Sequence[str | Path], out: str | Path, keys: Sequence[str
     Raises:
         FileNotFoundError, ValueError: a folder is of no run, no run has a key, or another suffix.
     """
+    _check_suffix(out)
     runs = {name: read_metrics(folder) for name, folder in zip(run_names(folders), folders)}
     panels, out = curves_of(runs, keys), Path(out)
     if not panels:
@@ -56,6 +62,7 @@ def plot_confusion(folder: str | Path, out: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none. ValueError: a damaged file, or another suffix.
     """
+    _check_suffix(out)
     folder, out = Path(folder), Path(out)
     found = read_json(folder / 'confusion.json')
     if not found:
@@ -67,3 +74,8 @@ def plot_confusion(folder: str | Path, out: str | Path) -> list[Path]:
     from ewa3d.visualization import draw_confusion
     return [draw_confusion(entry['counts'], entry['classes'], out.with_stem(f'{out.stem}_{task}') if task else out,
                            heading=task) for task, entry in found.items()]
+
+
+def _check_suffix(out: str | Path) -> None:
+    if Path(out).suffix.lower() not in SUFFIXES:
+        raise ValueError(f'{out}: expected a file name that ends in {", ".join(SUFFIXES)}')

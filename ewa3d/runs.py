@@ -7,9 +7,10 @@ from pathlib import Path
 from ewa3d.evaluation import is_of_one_class
 from ewa3d.registry import nearest
 
-__all__ = ['curves_of', 'default_keys', 'read_json', 'read_metrics', 'run_names']
+__all__ = ['JUDGED', 'curves_of', 'default_keys', 'differing', 'read_json', 'read_metrics', 'run_names']
 
 NOT_METRICS = ('mode', 'epoch', 'iter', 'time')
+JUDGED = ('dataset', 'split', 'points', 'samples')  # what has to agree before numbers are compared
 
 
 def read_json(path: Path) -> dict:
@@ -38,7 +39,8 @@ def read_metrics(folder: str | Path) -> list[dict]:
     folder = Path(folder)
     path = folder if folder.is_file() else folder / 'metrics.jsonl'
     if not path.is_file():
-        raise FileNotFoundError(f'{folder}: the work dir of a training was expected, and there is no {path.name} in it')
+        found = f'there is no {path.name} in it' if folder.is_dir() else 'there is no such folder'
+        raise FileNotFoundError(f'{folder}: the work dir of a training was expected, and {found}')
     lines = []
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
@@ -50,6 +52,25 @@ def read_metrics(folder: str | Path) -> list[dict]:
     if not lines:
         raise ValueError(f'{path}: no line such as {{"mode": "train", "epoch": 1, "loss": …}}')
     return lines
+
+
+def differing(judged: Mapping[str, Mapping]) -> str:
+    """What runs were judged on that differs, as a sentence; empty where they agree, or where it is not known.
+
+    Args:
+        judged: name of a run → its data set, split, points and samples, see
+            :func:`ewa3d.engine.provenance.describe_data`.
+    """
+    for key in JUDGED:
+        found: dict = {}
+        for name, values in judged.items():
+            if values.get(key) is not None:
+                found.setdefault(values[key], name)
+        if len(found) > 1:
+            told = ', '.join(f'{name}: {value}' for value, name in list(found.items())[:3])
+            what = {'dataset': 'data', 'points': 'numbers of points'}.get(key, f'{key.removesuffix("s")}s')
+            return f'runs were judged on different {what} ({told})'
+    return ''
 
 
 def run_names(folders: Sequence[str | Path]) -> list[str]:

@@ -1,16 +1,19 @@
-"""Point clouds in a page that a browser turns and zooms: one HTML file with all that it needs, nothing is loaded."""
+"""Point clouds to turn and zoom: in a page, one HTML file with all that it needs, or in a window of open3d."""
 import base64
 import html
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ewa3d.datasets.io import import_open3d
 from ewa3d.files import atomic_write
 from ewa3d.registry import nearest
 from ewa3d.visualization import PLAIN, UP_AXES, cloud_array, listed, per_cloud, point_colors
 
-__all__ = ['write_html']
+__all__ = ['show_clouds', 'write_html']
 
 
 def write_html(clouds: Sequence, path, *, titles: Sequence[str] | None = None, colors: Sequence | None = None,
@@ -37,6 +40,29 @@ def write_html(clouds: Sequence, path, *, titles: Sequence[str] | None = None, c
                      for name, color in (legend or {}).items())
     return atomic_write(path, PAGE.format(heading=html.escape(heading), columns=columns, figures='\n'.join(figures),
                                           legend=f'<p>{marks}</p>\n' if marks else '', script=SCRIPT))
+
+
+def show_clouds(clouds: Sequence, colors: Sequence | None = None, heading: str = '') -> None:
+    """Clouds side by side in a window of open3d, until it is closed.
+
+    Args:
+        clouds: ``(N_i, 3 + F)``. colors: as in :func:`ewa3d.visualization.draw_clouds`. heading: of the window.
+
+    Raises:
+        ImportError: open3d is not there. OSError: there is no display.
+    """
+    o3d = import_open3d()
+    if sys.platform == 'linux' and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
+        raise OSError('a window needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set')
+    arrays = [cloud_array(cloud, f'clouds[{i}]') for i, cloud in enumerate(listed(clouds, 'clouds'))]
+    shown, right = [], 0.
+    for i, (points, color) in enumerate(zip(arrays, per_cloud(colors, len(arrays), PLAIN, 'colors'))):
+        low, high = points.min(0), points.max(0)
+        made = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points - low + (right, 0, 0)))
+        made.colors = o3d.utility.Vector3dVector(point_colors(color, len(points), f'colors[{i}]'))
+        shown.append(made)
+        right += 1.2 * float(high[0] - low[0])
+    o3d.visualization.draw_geometries(shown, window_name=heading or 'ewa3d')
 
 
 def _figure(points: np.ndarray, rgb: np.ndarray, title: str, up: str) -> str:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 import ewa3d
 from ewa3d import cli
@@ -68,6 +69,37 @@ def test_build_takes_a_name():
     assert model.head.num_classes == 13 and model.usage[None].pipeline
 
 
+@pytest.mark.parametrize(('config', 'options', 'error', 'text'), [
+    (None, {}, TypeError, 'got NoneType'), (3, {}, TypeError, 'got int'), ([1], {}, TypeError, 'got list'),
+    ('quickstart/plain', dict(num_classes=0), ValueError, 'num_classes must be at least 1'),
+    ('quickstart/plain', dict(num_classes=2.5), TypeError, 'num_classes'),
+    ('model.onnx', {}, ValueError, 'model.onnx: an exported model, which onnxruntime opens'),
+    ('model.pt2', {}, ValueError, 'torch.export.load opens'), ('no.pt', {}, FileNotFoundError, 'checkpoint no.pt'),
+])
+def test_what_cannot_be_built(config, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        ewa3d.build(config, **options)
+
+
+@pytest.mark.parametrize('name', ['bare.pt', 'bare.ckpt'])
+def test_other_endings_of_checkpoints(name, tmp_path):
+    model = ewa3d.build('quickstart/plain')
+    torch.save(model.state_dict(), tmp_path / name)
+    with pytest.raises(ValueError, match='it has no config; give a config'):
+        ewa3d.build(tmp_path / name)
+    again = ewa3d.build('quickstart/plain', tmp_path / name)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    (tmp_path / 'notes.md').touch()
+    with pytest.raises(ValueError, match=r"a config ends in .*, got '\.md'"):
+        ewa3d.build(tmp_path / 'notes.md')
+
+
+def test_names_of_the_package():
+    assert set(ewa3d.__all__) <= set(dir(ewa3d))
+    with pytest.raises(AttributeError, match='biuld'):
+        ewa3d.biuld  # noqa: B018
+
+
 # ---- the commands ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(('table', 'verb'), [(table, verb) for table in (cli.COMMANDS, ACTIONS) for verb in table])
 def test_every_verb_leads_to_a_function(table, verb):
@@ -94,6 +126,8 @@ def test_the_overview(capsys):
     assert cli.main([]) == 2
     assert cli.main(['configs', '*scannet23*']) == 0
     assert 'detection/3detr_xs_scratch_scannet23\n' in capsys.readouterr().out
+    assert cli.main(['configs', 'scannet23']) == 1
+    assert capsys.readouterr() == ('', "no config matches 'scannet23'; did you mean '*scannet23*'?\n")
 
 
 @pytest.mark.parametrize(('argv', 'text'), [

@@ -128,7 +128,10 @@ def test_convert(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(('argv', 'text'), [
-    (['data', 'check', 'nothing'], 'nothing does not exist'), (['data', 'convert', 'nothing.py'], 'nothing.py'),
+    (['data', 'check', 'nothing'], "no data set, config or folder 'nothing'; data sets: modelnet40"),
+    (['data', 'check', 'modelnet'], "did you mean 'modelnet40'"),
+    (['data', 'check', 'no/thing'], 'no/thing does not exist'),
+    (['data', 'convert', 'nothing.py'], 'nothing.py'),
     (['data', 'check', 'CONFIG', '--cfg-options', 'train_dataloader.dataset.type=FolderPoints'], 'FolderPointCloud'),
 ])
 def test_mistakes(folder, tmp_path, capsys, argv, text):

@@ -6,11 +6,13 @@ import timm
 import torch
 from cli_toys import fails, trained_folder
 from engine_toys import CLASSES, on_cpu  # noqa: F401
+from mmengine.config import Config
 from test_readme import example
 from toys import scramble
 
 import ewa3d
 from ewa3d import cli
+from ewa3d.config_files import find_config
 from ewa3d.engine.checkpoint import write_checkpoint
 from ewa3d.export import DTYPES, export_checkpoint, programs, read_metadata
 from ewa3d.export import checkpoint as export_module
@@ -209,6 +211,16 @@ def test_weights_that_build_opens(checkpoint, tmp_path):
     meta = read_metadata(out)
     assert meta['classes'] == list(CLASSES) and meta['config']['model']['backbone']['depth'] == 2
     assert meta['versions']['torch'] == torch.__version__ and 'expand' not in meta['config']['model']
+
+
+def test_weights_that_do_not_tell_the_categories(tmp_path):
+    cfg = Config.fromfile(find_config('part_seg/point-mae_xs_scratch_synthetic'))
+    cfg.merge_from_dict({'model.backbone.tokenizer.num_groups': 8, 'model.backbone.tokenizer.group_size': 8})
+    torch.save(ewa3d.build(cfg).state_dict(), tmp_path / 'bare.pth')
+    report = export_checkpoint(tmp_path / 'bare.pth', tmp_path / 'a.safetensors', cfg, check_batches=(1, 2),
+                               check_points=(40, 64))
+    assert report.written and set(report.record['inputs']) == {'points', 'category'}
+    assert ewa3d.build(tmp_path / 'a.safetensors').neck.num_categories == 13
 
 
 @pytest.mark.parametrize('cfg', [TINY_VIT, DISTILLED])

@@ -209,6 +209,11 @@ def test_extract(model, shapes):
     assert first.shape == last.shape == (1, 9, 16)
     torch.testing.assert_close(model.neck(last), feats)
     assert len(model.extract(clouds(shapes), out_indices=[1])[0]) == 4
+    torch.testing.assert_close(model.extract(torch.as_tensor(np.array(cloud))), feats)  # one cloud, as numpy's
+    with pytest.raises(ValueError, match='nothing was given'):
+        model.extract([])
+    with pytest.raises(ValueError, match=r'\(B, N, 3\), got'):
+        model(torch.rand(200, 3))  # what the model takes is a batch
     for wrong in ((7,), (0, 0), (), 'ab', 1):
         with pytest.raises(ValueError, match='out_indices'):
             model.extract(inputs, out_indices=wrong)

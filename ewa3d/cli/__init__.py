@@ -26,6 +26,7 @@ COMMANDS = {  # verb → (module:function, what it does)
     'bench': ('ewa3d.bench:main', 'compare variants of steps, layers and operators'),
     'browse': ('ewa3d.browse:main', 'pictures of what a model is given, after the transforms'),
     'plot': ('ewa3d.plot:main', 'curves of runs over one another; the confusion matrix of one'),
+    'compare': ('ewa3d.compare:main', 'results of runs as a table, mean ± std over seeds'),
     'report': ('ewa3d.report:main', 'write report.html of runs anew'),
     'configs': ('ewa3d.cli.configs:main', 'list the configs'),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ewa3d.checks import check_number
 from ewa3d.cli.options import Parser, add_cfg_options, load_config
+from ewa3d.config_files import find_config, list_configs
 from ewa3d.registry import nearest
 
 __all__ = ['ACTIONS', 'check', 'convert', 'main', 'prepare']
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f'ewa3d data has no verb {argv[0]!r}; {nearest(argv[0], ACTIONS)}')
         module, _, function = ACTIONS[argv[0]][0].partition(':')
         return getattr(import_module(module), function)(argv[1:])
-    lines = [f'  {verb}  {what}' for verb, (_, what) in ACTIONS.items()]
+    width = max(map(len, ACTIONS))
+    lines = [f'  {verb:<{width}}  {what}' for verb, (_, what) in ACTIONS.items()]
     parser = Parser('ewa3d data', usage='ewa3d data VERB …', keep_lines=True, epilog='\n'.join(['verbs:', *lines]))
     parser.parse_args(argv)
     parser.print_help()
@@ -79,12 +81,29 @@ def check(argv: Sequence[str] | None = None) -> int:
     args = _arguments('check', argv)
     if args.config in SOURCES:
         return _check_source(SOURCES[args.config], args.root, args.split)
+    _check_name(args.config)
     wrong = 0
     for where, cfg in _datasets(args):
         found = survey(cfg)
         wrong += len(found.problems)
         _tell(f'{where}={found}')
     return int(wrong > 0)
+
+
+def _check_name(name: str) -> None:
+    """Raise where there is neither a config nor a folder of this name; the data sets are named as well."""
+    from ewa3d.datasets.sources import SOURCES
+    if Path(name).is_dir():
+        return
+    try:
+        find_config(name)
+    except FileNotFoundError:
+        if '/' in name:
+            raise
+        configs = [config.rpartition('/')[2] for config in list_configs()]
+        hint = nearest(name, [*SOURCES, *configs])
+        raise FileNotFoundError(f'there is no data set, config or folder {name!r}; '
+                                f'{hint if hint.endswith("?") else "data sets: " + ", ".join(SOURCES)}') from None
 
 
 def _check_source(source, root: Path, splits: Sequence[str] | None = None) -> int:

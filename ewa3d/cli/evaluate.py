@@ -36,7 +36,7 @@ def evaluate(args) -> int:
 
     from ewa3d.engine.checkpoint import load_any, read_checkpoint, select_weights
     from ewa3d.engine.hooks import unwrapped
-    from ewa3d.engine.provenance import train_fingerprint
+    from ewa3d.engine.provenance import describe_data, train_fingerprint
     from ewa3d.engine.ranks import leave_group
     from ewa3d.engine.runner import Runner
     from ewa3d.engine.validate import check_config
@@ -66,9 +66,10 @@ def evaluate(args) -> int:
     metrics = runner.test()
     data = runner.test_dataloader.dataset
     result = {**{k: float(v) for k, v in metrics.items()}, 'config': args.config, 'checkpoint': args.checkpoint,
-              'weights': kind, 'epoch': meta.get('epoch'), **_describe_data(cfg, data),
+              'weights': kind, 'epoch': meta.get('epoch'), **describe_data(cfg.test_dataloader, data),
               'seed': meta.get('seed', runner.seed)}
     result.update(_changed_data(meta, runner, trained_on))
+    _tell_points(meta, result, runner)
     if is_main_process():
         out = atomic_write(Path(cfg.work_dir) / 'metrics.json', json.dumps(result, indent=2) + '\n')
         shown = (f'{k} {v:.2f}' for k, v in metrics.items() if not is_of_one_class(k))
@@ -105,6 +106,14 @@ def _check_classes(meta: dict, runner, checkpoint: str) -> None:
                          f'{here[:5]} … in the data set')
 
 
+def _tell_points(meta: dict, result: dict, runner) -> None:
+    """Warn where clouds have another number of points than those that the training was judged on."""
+    then, now = (meta.get('judged') or {}).get('points'), result['points']
+    if then and now and then != now:
+        runner.logger.warning(f'the training was judged on clouds of {then} points, this test has {now}: numbers at '
+                              'different numbers of points do not compare')
+
+
 def _changed_data(meta: dict, runner, train: dict | None) -> dict:
     """``changed_data``, what differs between the data now and those that the training recorded, where something does;
     says so."""
@@ -117,19 +126,3 @@ def _changed_data(meta: dict, runner, train: dict | None) -> dict:
     for text in texts:
         runner.logger.warning(text)
     return dict(changed_data=texts) if texts else {}
-
-
-def _describe_data(cfg: Config, dataset) -> dict:
-    from ewa3d.engine.derive import dataset_cfgs
-    if hasattr(dataset, 'names'):  # a mixture
-        return dict(dataset=' + '.join(dataset.names), split=dataset.split, points=None, samples=len(dataset))
-    inner = dataset_cfgs(cfg.test_dataloader)[-1]
-    points, samples = dataset[0]['inputs'].get('points'), len(dataset)
-    kind = inner.get('type')
-    while not hasattr(dataset, 'split') and hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset  # wrappers: the split is the data set's own
-    root = getattr(dataset, 'data_root', None)
-    of_folder = f' {Path(root).resolve().name}' if kind == 'FolderPointCloud' and root else ''
-    return dict(dataset=f'{kind}{inner.get("variant", "")}{of_folder}',
-                split=getattr(dataset, 'split', inner.get('split')),
-                points=None if points is None else int(points.shape[0]), samples=samples)

@@ -12,8 +12,6 @@ from ewa3d.registry import nearest
 
 __all__ = ['Parser', 'add_cfg_options', 'configured', 'default_work_dir', 'load_config', 'prepare', 'running']
 
-CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
-
 
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one line.
@@ -80,8 +78,6 @@ def load_config(path: str, options: dict | None = None) -> Config:
     """
     from ewa3d.engine.validate import TOP_LEVEL
     path = find_config(path)
-    if path.suffix not in CONFIG_SUFFIXES:
-        raise ValueError(f'config {path}: a config ends in {", ".join(CONFIG_SUFFIXES)}, got {path.suffix!r}')
     try:
         cfg = Config.fromfile(path)
     except FileNotFoundError as error:

@@ -18,7 +18,7 @@ from ewa3d.engine.hooks import get_rng_state, set_rng_state, walk_datasets
 from ewa3d.files import atomic_write
 from ewa3d.registry import DATASETS, HOOKS
 
-__all__ = ['ProvenanceHook', 'changed_data', 'git_state', 'train_fingerprint']
+__all__ = ['ProvenanceHook', 'changed_data', 'describe_data', 'git_state', 'train_fingerprint']
 
 CHANGED = 20  # files that are listed at most
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, ImportError)
@@ -27,8 +27,8 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, ImportError)
 @HOOKS.register_module()
 class ProvenanceHook(Hook):
     """Records in every checkpoint (``meta.data``, ``meta.git``) and in ``environment.json`` which data a run was given,
-    a :func:`~ewa3d.datasets.fingerprint.fingerprint` of each split, and the commit of the code. A run that goes on
-    warns where its data are others by now.
+    a :func:`~ewa3d.datasets.fingerprint.fingerprint` of each split, the commit of the code, and on what it was judged
+    (``judged``, see :func:`describe_data`). A run that goes on warns where its data are others by now.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class ProvenanceHook(Hook):
 
     def before_train(self, runner) -> None:
         state = get_rng_state()
-        self.record = dict(data=_fingerprints(runner), git=git_states())
+        self.record = dict(data=_fingerprints(runner), git=git_states(), judged=_judged(runner))
         set_rng_state(state)
         for text in changed_data(self._before, self.record['data']):
             runner.logger.warning(f'{text}: the resumed run is another one than the run without a stop')
@@ -52,6 +52,37 @@ class ProvenanceHook(Hook):
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         checkpoint['meta'].update(self.record)
+
+
+def describe_data(loader: Mapping, dataset) -> dict:
+    """What has to agree before numbers are compared: ``dataset``, ``split``, ``points`` (of the clouds that the model
+    is given; ``None`` without clouds, and of a mixture) and ``samples``.
+
+    Args:
+        loader: the config of the loader. dataset: what was built from it.
+    """
+    if hasattr(dataset, 'names'):  # a mixture
+        return dict(dataset=' + '.join(dataset.names), split=dataset.split, points=None, samples=len(dataset))
+    inner = dataset_cfgs(loader)[-1]
+    points, samples = dataset[0]['inputs'].get('points'), len(dataset)
+    kind = inner.get('type')
+    while not hasattr(dataset, 'split') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset  # wrappers: the split is the data set's own
+    root = getattr(dataset, 'data_root', None)
+    of_folder = f' {Path(root).resolve().name}' if kind == 'FolderPointCloud' and root else ''
+    return dict(dataset=f'{kind}{inner.get("variant", "")}{of_folder}',
+                split=getattr(dataset, 'split', inner.get('split')),
+                points=None if points is None else int(points.shape[-2]), samples=samples)
+
+
+def _judged(runner) -> dict | None:
+    """On what a run is validated, where it is; ``None`` too where that cannot be told, which ends no run."""
+    if runner.val_loop is None:
+        return None
+    try:
+        return describe_data(runner.cfg.val_dataloader, runner.val_loop.dataloader.dataset)
+    except (*UNREADABLE, AttributeError):  # a loader that was built by hand has no config
+        return None
 
 
 def _fingerprints(runner) -> dict:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ewa3d.config_files import find_config
+from ewa3d.checks import check_integer
+from ewa3d.config_files import find_config, is_checkpoint
 from ewa3d.models.task import TaskModel
 from ewa3d.models.weights import num_outputs
 from ewa3d.registry import MODELS, nearest
 
-__all__ = ['build', 'fill_from_checkpoint', 'fill_model', 'wanted_from_data', 'without_pretrained']
+__all__ = ['build', 'fill_from_checkpoint', 'fill_from_data', 'fill_model', 'lacks', 'wanted_from_data',
+           'without_pretrained']
 
 
 def build(config: str | Path | Config | dict, checkpoint: str | Path | None = None,
@@ -28,11 +30,17 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
 
     Raises:
         FileNotFoundError: no such config or checkpoint.
-        KeyError: the config has no ``model``.
-        ValueError: the checkpoint is that of another model, or has no config and none is given.
+        KeyError: the config has no ``model``. TypeError: something else in place of a config.
+        ValueError: ``num_classes`` below 1; the checkpoint is that of another model, or has no config and none is
+            given.
     """
     weights = {}
-    if checkpoint is None and isinstance(config, (str, Path)) and Path(config).suffix in ('.pth', '.safetensors'):
+    if not isinstance(config, (str, Path, Config, Mapping)):
+        raise TypeError(f'config: a path, a name from ewa3d.list_configs(), a Config or a dict was expected, got '
+                        f'{type(config).__name__}')
+    if num_classes is not None:
+        check_integer('num_classes', num_classes, 1)
+    if checkpoint is None and is_checkpoint(config):
         checkpoint = config
     if checkpoint is not None:
         from ewa3d.engine.checkpoint import load_any, read_checkpoint, select_weights
@@ -42,14 +50,14 @@ def build(config: str | Path | Config | dict, checkpoint: str | Path | None = No
     cfg = whole.get('model', whole)
     if 'type' not in cfg:
         raise KeyError(f"{name} has no 'type'; expected model=dict(type='TaskModel', …), found {sorted(cfg)}")
-    if num_classes and 'num_classes' in _parameters(cfg.get('head')):
+    if num_classes is not None and 'num_classes' in _parameters(cfg.get('head')):
         cfg['head'].update(num_classes=num_classes)
     fill_from_checkpoint(cfg, weights)
     if weights:
         cfg = without_pretrained(cfg)  # the checkpoint has it all
     metainfo = (weights.get('meta') or {}).get('dataset_meta') or {}
-    if not metainfo and config is not checkpoint and (weights or _lacks(cfg)):
-        metainfo = _fill_from_data(whole, cfg)
+    if not metainfo and config is not checkpoint and (weights or lacks(cfg)):
+        metainfo = fill_from_data(whole, cfg)
     if config is checkpoint:
         from ewa3d.fusing import build_stored
         model = build_stored(cfg, checkpoint, select_weights(weights)[0])
@@ -73,21 +81,25 @@ def _config_dict(config, checkpoint, weights: Mapping) -> dict:
     return config.to_dict() if isinstance(config, Config) else copy.deepcopy(dict(config))
 
 
-def _fill_from_data(whole: Mapping, cfg: MutableMapping) -> Mapping:
-    """The metainfo of the config's data, where they are there; what the model's config lacks is filled in from it."""
+def fill_from_data(whole: Mapping, cfg: MutableMapping) -> Mapping:
+    """The metainfo of the config's data, where they are there; what the model's config lacks is filled in from it.
+
+    Args:
+        whole: the config. cfg: its model, which is changed.
+    """
     from ewa3d.engine.derive import metainfo_of
     for split in ('train', 'val', 'test'):
         metainfo = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ImportError):  # a model needs no data
             metainfo = metainfo_of(whole.get(f'{split}_dataloader'))
         if metainfo:
-            if _lacks(cfg):
+            if lacks(cfg):
                 fill_model(cfg, metainfo, split)
             return metainfo
     return {}
 
 
-def _lacks(cfg: Mapping) -> bool:
+def lacks(cfg: Mapping) -> bool:
     """Whether something that data can tell is missing in a model's config."""
     branches = [task for task in (cfg.get('tasks') or {}).values() if isinstance(task, Mapping)] or [cfg]
     return any(branch[part].get(key) is None for branch in branches for part, key in wanted_from_data(branch))

@@ -69,9 +69,9 @@ class TaskModel(ExpandableModel):
         """Features: the head's input, or what blocks of the backbone give.
 
         Args:
-            points: what the model takes, a tensor ``(B, N, 3 + F)`` or ``dict(points=…)``, as it is. Anything else,
-                numpy arrays, paths and lists of them, goes through the test pipeline first, see :meth:`prepare`; that
-                is without gradients and in eval mode.
+            points: what the model takes, a tensor ``(B, N, 3 + F)`` or ``dict(points=…)``, as it is. Anything else, one
+                cloud ``(N, 3 + F)``, numpy arrays, paths and lists of them, goes through the test pipeline first, see
+                :meth:`prepare`; that is without gradients and in eval mode.
             out_indices: blocks of the backbone, negative ones counted from the end.
 
         Returns:
@@ -79,7 +79,7 @@ class TaskModel(ExpandableModel):
             modality is given. With ``out_indices`` a tuple of the tokens behind each of these blocks,
             ``(B, num_prefix_tokens + L, C)``.
         """
-        if not isinstance(points, (Tensor, Mapping)):
+        if not isinstance(points, (Tensor, Mapping)) or (isinstance(points, Tensor) and points.ndim == 2):
             from ewa3d.inference import evaluating
             inputs = self.prepare(points)
             with evaluating(self):
@@ -139,7 +139,7 @@ class TaskModel(ExpandableModel):
         check_mode(mode)
         if self.tasks is not None:
             return self._forward_tasks(inputs_of(inputs), data_samples, mode)
-        feats = self.extract(inputs)
+        feats = self.extract(inputs_of(inputs))
         if self.head is None:
             if mode == 'tensor':
                 return feats
