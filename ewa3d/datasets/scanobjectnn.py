@@ -89,7 +89,7 @@ class ScanObjectNN(PointDataset):
     def _read(self, file: Path) -> Iterator[np.ndarray]:
         """The clouds with a fourth column, 1 for the object and 0 for the background, where it is to be kept."""
         with open_h5(file) as content:
-            masked = 'mask' in content
+            masked = 'mask' in list(content)
         if not masked and self.background == 'drop':
             raise ValueError(f"{file}: has no key 'mask', which background='drop' needs")
         data, *mask = read_data(file, *(['mask'] if masked else []))
