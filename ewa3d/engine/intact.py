@@ -21,7 +21,9 @@ def find_intact_checkpoint(work_dir: str | Path) -> Path | None:
     last, reason = _last(work_dir)
     if not reason:
         return last
-    files = (p for pattern in ('epoch_*.pth', 'iter_*.pth', INTERRUPTED) for p in Path(work_dir).glob(pattern))
+    folders = {Path(work_dir), last.parent if last else Path(work_dir)}  # checkpoints may lie in another folder
+    files = (p for folder in folders for pattern in ('epoch_*.pth', 'iter_*.pth', INTERRUPTED)
+             for p in folder.glob(pattern))
     for other in sorted(files, key=lambda p: (p.stat().st_mtime, len(p.name), p.name), reverse=True):
         if other != last and not damage(other):
             return other
