@@ -3,9 +3,11 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mmengine.config import Config
+
 from ewa3d.registry import nearest
 
-__all__ = ['config_root', 'find_config', 'is_checkpoint', 'list_configs']
+__all__ = ['config_root', 'find_config', 'is_checkpoint', 'list_configs', 'read_config']
 
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 WEIGHT_SUFFIXES = ('.pth', '.pt', '.ckpt', '.safetensors')
@@ -79,3 +81,34 @@ def is_checkpoint(name: object) -> bool:
         raise ValueError(f'{name}: an exported model, which {EXPORTED[suffix]} opens (docs/export.md); a config or a '
                          'checkpoint was expected')
     return suffix in WEIGHT_SUFFIXES
+
+
+def read_config(path: Path) -> Config:
+    """A config from its file. One in Python is a program; one in YAML or JSON is data, and so is what it is based on.
+
+    Raises:
+        ValueError: YAML with tags, which name classes of Python, or with aliases that unfold without end.
+        Exception: whatever a config in Python raises.
+    """
+    _check_yaml(path)
+    return Config.fromfile(path)
+
+
+def _check_yaml(path: Path, above: tuple[Path, ...] = ()) -> None:
+    """mmengine would make any object that a file names, and copy what it holds many times over once for each time."""
+    if path.suffix.lower() not in ('.yml', '.yaml') or not path.is_file():
+        return
+    if path.resolve() in above:
+        raise ValueError(f'{path} is based on itself')
+    import yaml
+
+    from ewa3d.engine.bounds import check_tree
+    try:
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+        check_tree(content, path.stat().st_size)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f'{path}: no YAML of plain values: {error}') from None
+    bases = content.get('_base_', ()) if isinstance(content, dict) else ()
+    for base in [bases] if isinstance(bases, str) else bases:
+        if isinstance(base, str):
+            _check_yaml(path.parent / base, (*above, path.resolve()))

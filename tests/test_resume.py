@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_toys import on_cpu, same, toy_config  # noqa: F401
+from engine_toys import on_cpu, same, toy_config, write_config  # noqa: F401
 
+from ewa3d.cli import main
+from ewa3d.engine import intact
 from ewa3d.engine.checkpoint import find_last_checkpoint, read_checkpoint
 from ewa3d.engine.runner import Runner
 
@@ -221,16 +223,44 @@ def test_nothing_is_lost_where_a_fresh_run_fails_or_stops_before_its_first_check
     assert find_last_checkpoint(tmp_path).name == 'epoch_3.pth'
 
 
-def test_checkpoints_without_a_pointer_are_not_overwritten(tmp_path):
+@pytest.mark.parametrize('pointer', [None, b'', bytes(12), b'\xff/epoch_9.pth', b'elsewhere/epoch_9.pth'])
+def test_a_run_goes_on_where_the_pointer_is_not_there_or_damaged(tmp_path, pointer, monkeypatch):
+    """As that of a run that was killed between its first checkpoint and the pointer to it."""
+    def die(*args):
+        raise Stop
+
     cfg = toy_config(tmp_path, epochs=2)
-    train(cfg)
-    (tmp_path / 'last_checkpoint').unlink()
-    before = {p.name: p.read_bytes() for p in tmp_path.glob('*.pth')}
-    with pytest.raises(FileNotFoundError, match=r'no last_checkpoint .*--resume \S+epoch_2\.pth'):
-        train({**cfg, 'resume': True})
-    assert {p.name: p.read_bytes() for p in tmp_path.glob('*.pth')} == before
-    train({**toy_config(tmp_path, epochs=3), 'resume': str(tmp_path / 'epoch_2.pth')})
-    assert find_last_checkpoint(tmp_path).name == 'epoch_3.pth'
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr('ewa3d.engine.saving.atomic_write', die)
+        train(cfg)
+    assert not (tmp_path / 'last_checkpoint').exists()
+    if pointer is not None:
+        (tmp_path / 'last_checkpoint').write_bytes(pointer)
+    train({**cfg, 'resume': True})
+    assert find_last_checkpoint(tmp_path).name == 'epoch_2.pth'
+    log = (tmp_path / 'train.log').read_text()
+    assert 'last_checkpoint' in log and 'Going on from' in log and 'epoch_1.pth, the newest intact one' in log
+    assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 4
+
+
+def test_a_resumed_run_reads_its_checkpoint_once(tmp_path, monkeypatch):
+    train(toy_config(tmp_path, epochs=1))
+    read, content = [], intact.read_checkpoint
+    monkeypatch.setattr(intact, 'read_checkpoint', lambda path: read.append(path) or content(path))
+    cfg = toy_config(tmp_path, epochs=2)
+    path = write_config(tmp_path / 'config_of_two.py', cfg)
+    assert main(['train', str(path), '--resume']) == 0
+    assert len(read) == 1 and not intact._kept
+
+
+def test_lines_of_metrics_that_are_none_are_dropped(tmp_path):
+    train(toy_config(tmp_path, epochs=1))
+    path = tmp_path / 'metrics.jsonl'
+    whole = path.read_bytes()
+    path.write_bytes(b'[1]\n{}\n"x"\n{"epoch": "1", "mode": "val"}\n\xff\xfe\n' + whole + bytes(40))
+    train({**toy_config(tmp_path, epochs=2), 'resume': True})
+    found = path.read_bytes()
+    assert found.startswith(whole.splitlines()[0]) and len(list(map(json.loads, found.splitlines()))) == 4
 
 
 def test_every_set_of_earlier_metrics_is_kept(tmp_path):

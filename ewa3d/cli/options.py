@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
-from ewa3d.config_files import find_config
+from ewa3d.config_files import find_config, read_config
 from ewa3d.files import check_writable
 from ewa3d.registry import nearest
 
@@ -79,7 +79,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
     from ewa3d.engine.validate import TOP_LEVEL
     path = find_config(path)
     try:
-        cfg = Config.fromfile(path)
+        cfg = read_config(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'config {path}: one of the files it names in _base_ or reads does not exist: {error}'
                                 ) from None

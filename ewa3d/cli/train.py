@@ -34,8 +34,8 @@ def train(args) -> int:
     resumed = _resolve_resume(cfg, args.resume)
     seed = args.seed if args.seed is not None else (cfg.get('randomness') or {}).get('seed')
     if args.seed is None and resumed is not None:
-        from ewa3d.engine.checkpoint import read_checkpoint
-        seed = (read_checkpoint(resumed).get('meta') or {}).get('seed', seed)  # the run goes on as it began
+        from ewa3d.engine.intact import read_once
+        seed = (read_once(resumed, keep=True).get('meta') or {}).get('seed', seed)  # the run goes on as it began
     cfg.randomness = dict(cfg.get('randomness') or {}, seed=0 if seed is None else seed)
 
     from ewa3d.engine.derive import fill_num_classes

@@ -20,6 +20,11 @@ PLY_TYPES = {'char': 'b', 'uchar': 'B', 'short': 'h', 'ushort': 'H', 'int': 'i',
              'float32': 'f', 'float64': 'd'}
 
 
+# What coordinates in a PCD file may be; open3d makes zeros of the rest.
+PCD_SIZES = dict(F=(4, 8), I=(1, 2, 4), U=(1, 2, 4))
+PCD_KEYS = ('VERSION', 'FIELDS', 'COLUMNS', 'SIZE', 'TYPE', 'COUNT', 'WIDTH', 'HEIGHT', 'VIEWPOINT', 'POINTS')
+
+
 def check_announced(path: Path) -> None:
     """Raise where a PLY, PCD or STL file holds less than its header announces; nothing for other formats.
 
@@ -40,9 +45,10 @@ def check_unpacked(path: Path, size: int, stored: int) -> None:
 def check_archive(path: Path) -> None:
     """The same for every array of an npz file."""
     if zipfile.is_zipfile(path):  # numpy says what else it is
+        stored = path.stat().st_size  # whatever an entry says that it takes of that
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                check_unpacked(path, info.file_size, info.compress_size)
+                check_unpacked(path, info.file_size, min(info.compress_size, stored))
 
 
 def cut_off(path: Path, announced: int, what: str, found: int) -> ValueError:
@@ -89,6 +95,8 @@ def ply_header(path: Path, header: str) -> tuple[str, list[tuple[str, int, list]
                 pass
             case ['element', name, count] if count.isdecimal():
                 elements.append((name, int(count), []))
+            case ['property', 'list', _, _, 'x' | 'y' | 'z'] if elements and elements[-1][0] == 'vertex':
+                raise ValueError(f'{path}: the PLY header has the line {line!r}; a coordinate is one number')
             case ['property', 'list', length, item, _] if elements and {length, item} <= PLY_TYPES.keys():
                 elements[-1][2].append((PLY_TYPES[length], PLY_TYPES[item]))
             case ['property', item, _] if elements and item in PLY_TYPES:
@@ -118,12 +126,11 @@ def after_lists(at: int, total: int, properties: list, sizes: list[int], order: 
 
 # ---- PCD ----------------------------------------------------------------------------------------------------------
 def check_pcd(path: Path, raw: bytes) -> None:
-    match = re.search(rb'^DATA[ \t]+(\w+)[ \t]*\r?(\n|$)', raw, re.MULTILINE)
+    match = re.search(rb'^[ \t]*DATA[ \t]+(\w+)[ \t]*\r?(\n|$)', raw, re.MULTILINE)
     if match is None:
         raise ValueError(f'{path}: a PCD file has a header that ends with DATA ascii, binary or binary_compressed')
     layout, body = match[1].decode('latin-1').lower(), raw[match.end():]
-    header = {words[0]: words[1:] for line in raw[:match.start()].decode('latin-1').splitlines()
-              if (words := line.split())}
+    header = pcd_header(path, raw[:match.start()].decode('latin-1'))
     try:
         sizes = [int(word) for word in header['SIZE']]
         counts = [int(word) for word in header.get('COUNT', ['1'] * len(sizes))]
@@ -133,13 +140,22 @@ def check_pcd(path: Path, raw: bytes) -> None:
         announced = max(known)
         if announced < 0 or min([*sizes, *counts], default=0) < 1:
             raise ValueError
-        row = sum(size * count for size, count in zip(sizes, counts, strict=True))
+        kinds = zip(header.get('FIELDS') or header['COLUMNS'], header['TYPE'], sizes, counts, strict=True)
+        wrong = [(name, kind, size) for name, kind, size, count in kinds
+                 if name in ('x', 'y', 'z') and (count > 1 or size not in PCD_SIZES.get(kind, ()))]
+        row = sum(size * count for size, count in zip(sizes, counts))
     except (KeyError, IndexError, ValueError):
         raise ValueError(f'{path}: the PCD header should name FIELDS, SIZE, TYPE, COUNT, WIDTH, HEIGHT and POINTS, '
                          f'got {dict(header)}'[:400]) from None
+    if wrong:
+        raise ValueError(f'{path}: the PCD field {wrong[0][0]!r} has the type {wrong[0][1]} and the size '
+                         f'{wrong[0][2]}; one number F 4, F 8, or I or U of 1, 2 or 4 bytes was expected')
     if layout == 'ascii':
-        rows = [line.split() for line in body.splitlines() if line.strip()]
-        found = sum(len(words) >= sum(counts) for words in rows[:announced])
+        rows = [line.split() for line in body.splitlines() if line.strip()][:announced]
+        found = sum(len(words) >= sum(counts) for words in rows)
+        odd = next((i for i, words in enumerate(rows) if not all(map(is_number, words))), None)
+        if odd is not None:  # open3d would make zeros of it
+            raise ValueError(f'{path}: point {odd} is {b" ".join(rows[odd])[:80]!r}, numbers were expected')
     elif layout == 'binary':
         found = len(body) // max(row, 1)
     elif layout == 'binary_compressed':
@@ -154,6 +170,29 @@ def check_pcd(path: Path, raw: bytes) -> None:
         raise ValueError(f'{path}: PCD data is ascii, binary or binary_compressed, got {layout!r}')
     if found < announced:
         raise cut_off(path, announced, 'points', found)
+
+
+def pcd_header(path: Path, text: str) -> dict[str, list[str]]:
+    """The words of each line by its first, all of which have to be known and there once: open3d looks at beginnings of
+    words, and takes the rest of a line of more than a thousand characters for another one."""
+    header: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        key, *words = line.split() or ['#']
+        comment = key.startswith('#')
+        if len(line) > 1000 or (not comment and (key not in PCD_KEYS or key in header)):
+            raise ValueError(f'{path}: the PCD header has the line {line[:80]!r}; one each of {", ".join(PCD_KEYS)} '
+                             'was expected')
+        if not comment:
+            header[key] = words
+    return header
+
+
+def is_number(word: bytes) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 # ---- STL ----------------------------------------------------------------------------------------------------------

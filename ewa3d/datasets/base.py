@@ -1,7 +1,7 @@
 """What every data set of point clouds shares: metainfo, the pipeline, seeding."""
 import logging
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -223,6 +223,22 @@ class PointDataset(Dataset):
         return f'{type(self).__name__}(split={self.split!r}, data_root={str(self.data_root)!r}, {size})'
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+    def _read_each(self, read: Callable, sources: Iterable[tuple], columns: int) -> Iterator[np.ndarray]:
+        """``read(*source)`` of each, for a cache; with ``on_error='skip'`` a cloud without points where that fails."""
+        for source in sources:
+            try:
+                cloud = read(*source)
+            except DATA_ERRORS as error:
+                if self.on_error == 'raise':
+                    raise
+                logger.warning('%s', error)
+                cloud = np.empty((0, columns), np.float32)
+            yield cloud
+
+    def _cache_settings(self, **settings) -> dict:
+        """``settings`` of a cache, which may have clouds without points."""
+        return settings if self.on_error == 'raise' else dict(settings, on_error=self.on_error)
+
     @property
     def _what(self) -> str:
         where = f' in {str(self.data_root)!r}' if self.data_root is not None else ''
@@ -262,6 +278,8 @@ class PointDataset(Dataset):
         """What the pipeline is given; errors of it are told apart by the sample's name."""
         entry, name = self._data_list[index], self._name(index)
         results = {**self._defaults(index), **entry, **self.load_cloud(entry)}
+        if 'row' in entry and not len(results['points']):
+            raise ValueError(f'{name}: could not be read when the cache was written')
         points = as_cloud(results['points'], name).view()
         if not isinstance(results['normals'], (bool, np.bool_)):
             raise TypeError(f"{name}: 'normals' says whether columns 3 to 5 of 'points' are normals (True or "

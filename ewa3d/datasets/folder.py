@@ -3,12 +3,12 @@ import logging
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ewa3d.datasets.base import DATA_ERRORS, PointDataset, require_folder
+from ewa3d.datasets.base import PointDataset, require_folder
 from ewa3d.datasets.cache import cached_clouds
 from ewa3d.datasets.io import EXTENSIONS, MESH_POINTS, Cloud, read_cloud
 from ewa3d.registry import DATASETS, nearest
@@ -85,24 +85,19 @@ class FolderPointCloud(PointDataset):
         files = [file for file, _ in items]
         name = f'{self.data_root.resolve().name}_{self.split or "all"}'
         self._clouds = cached_clouds(self.cache_dir, name, self._settings(), self._sources(files), self.data_root,
-                                     lambda: self._read(files), len(files), self.max_points)
+                                     lambda: self._read_each(self._read_file, zip(files), self._columns),
+                                     len(files), self.max_points)
         return [dict(name=str(file.relative_to(self.data_root)), label=label, row=row, fps_ordered=True)
                 for row, (file, label) in enumerate(items)]
 
     def load_cloud(self, entry: dict) -> dict:
-        points = self._clouds[entry['row']]
-        if not len(points):
-            raise ValueError(f'{self.data_root / entry["name"]}: could not be read when the cache was written')
-        return dict(points=points, max_points=self.max_points)
+        return dict(points=self._clouds[entry['row']], max_points=self.max_points)
 
     def _settings(self) -> dict:
         """What the cached clouds depend on beside their files."""
-        settings = dict(features=self.num_features, normals=self.normals, mesh_points=self.mesh_points,
-                        mesh_seed=self.mesh_seed, classes=self._wanted_classes,
-                        extensions=self.extensions and sorted(self.extensions))
-        if self.on_error == 'skip':
-            settings['on_error'] = 'skip'  # that cache may have clouds without points
-        return settings
+        return self._cache_settings(features=self.num_features, normals=self.normals, mesh_points=self.mesh_points,
+                                    mesh_seed=self.mesh_seed, classes=self._wanted_classes,
+                                    extensions=self.extensions and sorted(self.extensions))
 
     def _sources(self, files: list[Path]) -> list[Path]:
         """All files that the clouds come from."""
@@ -127,16 +122,6 @@ class FolderPointCloud(PointDataset):
             raise ValueError(f'{folder}: an empty class folder; files {", ".join(sorted(known))} were expected, '
                              f'there are {dict(seen) if seen else "none"}')
         return files
-
-    def _read(self, files: list[Path]) -> Iterator[np.ndarray]:
-        for file in files:
-            try:
-                yield self._read_file(file)
-            except DATA_ERRORS as error:
-                if self.on_error == 'raise':
-                    raise
-                logger.warning('%s', error)
-                yield np.empty((0, self._columns), np.float32)
 
     @property
     def _columns(self) -> int:

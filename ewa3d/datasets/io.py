@@ -3,7 +3,9 @@
 Arrays (``npy npz txt csv xyz h5``) and OFF meshes need nothing extra; ``ply pcd obj stl`` go through open3d.
 Every reader raises an error that names the file.
 """
+import math
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,7 +163,7 @@ def read_h5_cloud(path: Path) -> Cloud:
     """One cloud a file, under the key ``points``, ``data``, ``xyz``, or the only one."""
     import h5py
     with open_h5(path) as file:
-        keys = [key for key in file if isinstance(file.get(key, getlink=True), h5py.ExternalLink)
+        keys = [key for key in file if not isinstance(file.get(key, getlink=True), h5py.HardLink)
                 or isinstance(file[key], h5py.Dataset)]
         return Cloud(own_array(file, pick_key(keys, path), path)[()])
 
@@ -203,21 +205,25 @@ def read_h5(path: Path, *keys: str) -> list[np.ndarray]:
     """
     with open_h5(path) as file:
         for key in keys:
-            if key not in file:
+            if key not in list(file):  # `in file` would follow links
                 raise ValueError(f'{path}: has no key {key!r}, only {sorted(file)}')
         arrays = [own_array(file, key, path) for key in keys]
         return [array[()] for array in arrays]
 
 
 def own_array(file, key: str, path: Path):
-    """The array ``key`` of an open h5 file, which has to lie in that file and to be as large as it says."""
+    """The numbers ``key`` of an open h5 file, which have to lie in that file and to be as many as it says."""
     import h5py
-    array = None if isinstance(file.get(key, getlink=True), h5py.ExternalLink) else file[key]
+    own = isinstance(file.get(key, getlink=True), h5py.HardLink)  # a soft link may lead to one to another file
+    array = file[key] if own else None
     if array is None or getattr(array, 'external', None) or getattr(array, 'is_virtual', False):
-        raise ValueError(f'{path}: {key!r} is a link into another file, which is not followed')
+        raise ValueError(f'{path}: {key!r} is a link, perhaps into another file, which is not followed')
     if getattr(array, 'shape', None) is None:
         raise ValueError(f'{path}: {key!r} is a group or holds nothing, an array was expected')
-    check_unpacked(path, array.size * array.dtype.itemsize, array.id.get_storage_size())
+    if array.dtype.hasobject:  # lists of any length, which may be one and the same many times
+        raise ValueError(f'{path}: {key!r} should hold numbers, got {array.dtype}')
+    size = max(array.size, math.prod(array.chunks or ()))  # a chunk is unpacked as a whole
+    check_unpacked(path, size * array.dtype.itemsize, array.id.get_storage_size())
     return array
 
 
@@ -281,8 +287,9 @@ def off_faces(lines: list[str]) -> np.ndarray:
         words = line.split()
         n = int(words[0])
         corners = [int(word) for word in words[1:1 + n]]
-        if len(corners) < n:
-            raise ValueError(f'a face of {n} corners has only {len(corners)}: {line[:40]!r}')
+        if n < 0 or len(corners) < n:
+            raise ValueError(f'a face of {n} corners has {"no such number" if n < 0 else f"only {len(corners)}"}: '
+                             f'{line[:40]!r}')
         triangles += [(corners[0], corners[i], corners[i + 1]) for i in range(1, n - 1)]
     return np.array(triangles, dtype=np.int64).reshape(-1, 3)
 
@@ -298,12 +305,17 @@ def read_mesh_open3d(path: Path) -> Mesh:
 
 
 def read_obj(path: Path) -> Mesh:
-    """An OBJ mesh; without faces (open3d finds nothing then) its vertices."""
+    """An OBJ mesh; without faces (open3d finds nothing then) its vertices. Materials are not looked for: open3d would
+    open any file that they name."""
     import_open3d(path)
-    lines = path.read_text('utf-8-sig', errors='replace').splitlines()
-    if any(line.lstrip().startswith('f ') for line in lines):
-        return read_mesh_open3d(path)
-    rows = [line.split()[1:4] for line in lines if line.lstrip().startswith('v ')]
+    text = path.read_text('utf-8-sig', errors='replace').replace('\\\r\n', ' ').replace('\\\n', ' ')
+    lines = [line for line in text.splitlines() if line.split()[:1] in (['v'], ['vt'], ['vn'], ['f'])]
+    if any(line.split()[0] == 'f' for line in lines):
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / 'mesh.obj'
+            plain.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+            return read_mesh_open3d(plain)
+    rows = [line.split()[1:4] for line in lines if line.split()[0] == 'v']
     if not rows:
         raise ValueError('there are no vertices (lines "v x y z") in it')
     return Mesh(np.array(rows, dtype=np.float64).reshape(len(rows), 3), np.empty((0, 3), dtype=np.int64))

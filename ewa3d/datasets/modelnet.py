@@ -2,7 +2,7 @@
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -85,7 +85,7 @@ class ModelNet(PointDataset):
         items, files, read = getattr(self, f'_list_{self.layout}')()
         if not items:
             raise ValueError(f'{self._what}: the lists of the layout {self.layout!r} are empty')
-        settings = dict(layout=self.layout, normals=self.normals)
+        settings = self._cache_settings(layout=self.layout, normals=self.normals)
         if self.layout == 'off':
             settings.update(mesh_points=self.mesh_points, mesh_seed=self.mesh_seed)
         self._clouds = cached_clouds(self.cache_dir, f'modelnet{self.variant}_{self.split}', settings, files,
@@ -111,7 +111,7 @@ class ModelNet(PointDataset):
         if missing:
             raise FileNotFoundError(f'{listed} lists {len(files)} shapes, {len(missing)} of them are not there; the '
                                     f'first is {missing[0]}')
-        return items, [listed, *files], lambda: map(self._read_text, files)
+        return items, [listed, *files], lambda: self._each(self._read_text, zip(files))
 
     def _read_text(self, file: Path) -> np.ndarray:
         return self._columns(read_cloud(file).points, file)
@@ -123,7 +123,8 @@ class ModelNet(PointDataset):
         clouds, labels = read_dat(file)
         items = [(f'{file.name}[{i}]', label) for i, label in enumerate(labels)]
         check_range(file, labels, len(self._class_names()))
-        return items, [file], lambda: (self._columns(as_cloud(c, f'{file}[{i}]'), file) for i, c in enumerate(clouds))
+        named = [(cloud, f'{file}[{i}]') for i, cloud in enumerate(clouds)]
+        return items, [file], lambda: self._each(lambda *cloud: self._columns(as_cloud(*cloud), file), named)
 
     def _list_h5(self):
         listed = self.data_root / f'{self.split}_files.txt'
@@ -140,8 +141,7 @@ class ModelNet(PointDataset):
             if normals and normals[0].shape != data.shape:
                 raise ValueError(f"{file}: 'normal' has the shape {normals[0].shape}, 'data' {data.shape}")
             clouds = np.concatenate([data[..., :3], *normals], axis=-1)
-            for i, cloud in enumerate(clouds):
-                yield as_cloud(cloud, f'{file}[{i}]')
+            yield from self._each(as_cloud, ((cloud, f'{file}[{i}]') for i, cloud in enumerate(clouds)))
 
     def _list_off(self):
         items, files = [], []
@@ -155,7 +155,7 @@ class ModelNet(PointDataset):
         if not items:
             raise FileNotFoundError(f'{self._what}: there is no <class>/{self.split}/*.off with a class of ModelNet'
                                     f'{self.variant} ({self._class_names()[0]!r}, …)')
-        return items, files, lambda: map(self._sample, files)
+        return items, files, lambda: self._each(self._sample, zip(files))
 
     def _sample(self, file: Path) -> np.ndarray:
         rng = np.random.default_rng((self.mesh_seed, zlib.crc32(file.name.encode())))
@@ -165,6 +165,9 @@ class ModelNet(PointDataset):
         return self._columns(cloud.points, file)
 
     # ---- shared by them ---------------------------------------------------------------------------------------------
+    def _each(self, read: Callable, sources: Iterable[tuple]) -> Iterator[np.ndarray]:
+        return self._read_each(read, sources, 6 if self.normals else 3)
+
     def _columns(self, points: np.ndarray, file: Path) -> np.ndarray:
         wanted = 6 if self.normals else 3
         if points.shape[1] < wanted:

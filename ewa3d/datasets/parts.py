@@ -2,7 +2,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,8 +183,9 @@ class ShapeNetPart(PointDataset):
                 listed = ' and '.join(str(self._list_of(split)) for split in lists)
                 raise ValueError(f'{listed}: no shape of the category {name!r} (synset {self.synsets[name]}); '
                                  'categories=[…] leaves it out')
-        settings = dict(layout=self.layout, normals=self.normals, labels=self._labels,
-                        parts={name: list(ids) for name, ids in self._metainfo['parts'].items()})
+        settings = self._cache_settings(
+            layout=self.layout, normals=self.normals, labels=self._labels,
+            parts={name: list(ids) for name, ids in self._metainfo['parts'].items()})
         self._clouds = cached_clouds(self.cache_dir, f'{self.data_root.resolve().name}_{self.split}', settings,
                                      [self.table, *files], self.data_root, read, len(items), sys.maxsize, True)
         labels = {name: label for label, name in enumerate(self.synsets)}
@@ -233,7 +234,8 @@ class ShapeNetPart(PointDataset):
             raise FileNotFoundError(f'{" and ".join(str(self._list_of(split)) for split in lists)}: {len(missing)} of '
                                     f'the {len(files)} files of the shapes there do not exist; the first is '
                                     f'{missing[0]}')
-        return [(shape.name, shape.category) for shape in shapes], files, lambda: map(self._read_shape, shapes)
+        items = [(shape.name, shape.category) for shape in shapes]
+        return items, files, lambda: self._each(self._read_shape, zip(shapes))
 
     def _read_shape(self, shape: Shape) -> np.ndarray:
         if self.layout == 'normal':
@@ -271,10 +273,15 @@ class ShapeNetPart(PointDataset):
     def _read_h5(self, files: Sequence[Path], wanted: Mapping[tuple[Path, int], str]) -> Iterator[np.ndarray]:
         for file in files:
             data, parts = read_data(file, 'pid')
-            for i, (points, labels) in enumerate(zip(data, parts)):
-                if (file, i) in wanted:
-                    name = f'{file}[{i}]'
-                    yield self._joined(points[:, :3], as_integers(labels, name), wanted[file, i], name, name)
+            rows = (((file, i), *row) for i, row in enumerate(zip(data, parts)) if (file, i) in wanted)
+            yield from self._each(lambda row, points, labels: self._of_row(wanted[row], points, labels, *row), rows)
+
+    def _of_row(self, category: str, points: np.ndarray, labels: np.ndarray, file: Path, row: int) -> np.ndarray:
+        name = f'{file}[{row}]'
+        return self._joined(points[:, :3], as_integers(labels, name), category, name, name)
+
+    def _each(self, read: Callable, sources: Iterable[tuple]) -> Iterator[np.ndarray]:
+        return self._read_each(read, sources, 7 if self.normals else 4)
 
     def _joined(self, points: np.ndarray, labels: np.ndarray, category: str, name: str, file: str) -> np.ndarray:
         """Columns of the points and, last, their parts as the metainfo counts them; single precision holds both."""

@@ -7,7 +7,9 @@ the pickle says about an array, checks it, and the array is made here.
 import math
 import pickle
 import re
+import struct
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -111,12 +113,50 @@ for _core in ('numpy.core', 'numpy._core'):  # as numpy 1 and as numpy 2 call it
     ALLOWED[f'{_core}.numeric', '_frombuffer'] = FromBuffer
 
 
-class _NumpyUnpickler(pickle._Unpickler):  # the one in C allocates as many entries as a pickle says it has
+KEYS = (str, bytes, int, float, bool)
+
+
+class _NumpyUnpickler(pickle._Unpickler):
+    """The one in C allocates as many entries as a pickle says it has. What this one hashes is plain: a tuple of tuples,
+    each of which is there twice, would take for ever."""
+    dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str):
         if (module, name) not in ALLOWED:
             refuse(f'it asks for {module}.{name}, which is not an array')
         return ALLOWED[module, name]
+
+    def _load_bytes(self):
+        size, = struct.unpack('<Q', self.read(8))
+        content = self.read(size)  # a bytearray would take the memory first
+        if len(content) < size:
+            refuse('it is cut off')
+        self.append(content)
+
+    def _load_set(self):
+        refuse('a set')
+
+    dispatch.update({pickle.BYTEARRAY8[0]: _load_bytes, pickle.ADDITEMS[0]: _load_set, pickle.FROZENSET[0]: _load_set})
+
+    def _load_item(self):
+        check_keys(self.stack[-2:-1])
+        self.load_setitem()
+
+    def _load_items(self):
+        check_keys(self.stack[::2])
+        self.load_setitems()
+
+    def _load_dict(self):
+        check_keys(self.stack[::2])
+        self.load_dict()
+
+    dispatch.update({pickle.SETITEM[0]: _load_item, pickle.SETITEMS[0]: _load_items, pickle.DICT[0]: _load_dict})
+
+
+def check_keys(keys: list) -> None:
+    for key in keys:
+        if type(key) not in KEYS:
+            refuse(f'a dict with a {type(key).__name__} as a key')
 
 
 def with_arrays(value, seen: dict):
@@ -144,11 +184,14 @@ def read_numpy_pickle(path: str | Path):
         FileNotFoundError: there is no such file.
         ValueError: it is not a pickle, it is cut off, or it asks for anything else than the above; none of it has run.
     """
+    from ewa3d.engine.bounds import check_tree
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path}: there is no such file')
     with path.open('rb') as file:
         try:
-            return with_arrays(_NumpyUnpickler(file, encoding='latin1').load(), {})
+            content = with_arrays(_NumpyUnpickler(file, encoding='latin1').load(), {})
+            check_tree(content, path.stat().st_size)
+            return content
         except Exception as error:
             raise ValueError(f'{path}: refused or broken pickle: {str(error) or "it is cut off"}') from error

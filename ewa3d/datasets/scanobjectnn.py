@@ -65,7 +65,7 @@ class ScanObjectNN(PointDataset):
         labels = read_labels(file, len(self.METAINFO['classes']))
         if not labels:
             raise ValueError(f'{file}: holds no clouds')
-        settings = dict(background=self.background)
+        settings = self._cache_settings(background=self.background)
         self._clouds = cached_clouds(self.cache_dir, f'scanobjectnn_{self.variant}_{self.split}', settings, [file],
                                      self.data_root, lambda: self._read(file), len(labels), MAX_POINTS)
         return [dict(name=f'{file.name}[{row}]', label=label, row=row, fps_ordered=True)
@@ -89,21 +89,23 @@ class ScanObjectNN(PointDataset):
     def _read(self, file: Path) -> Iterator[np.ndarray]:
         """The clouds with a fourth column, 1 for the object and 0 for the background, where it is to be kept."""
         with open_h5(file) as content:
-            masked = 'mask' in content
+            masked = 'mask' in list(content)
         if not masked and self.background == 'drop':
             raise ValueError(f"{file}: has no key 'mask', which background='drop' needs")
         data, *mask = read_data(file, *(['mask'] if masked else []))
         if masked and (mask[0].size != data.shape[0] * data.shape[1] or mask[0].dtype.kind not in 'fiu'):
             raise ValueError(f"{file}: 'mask' should hold one number a point, got {mask[0].dtype} of the shape "
                              f'{mask[0].shape}')
-        for i, cloud in enumerate(data):
-            cloud = as_cloud(cloud[:, :3], f'{file}[{i}]')
-            if masked:
-                is_object = mask[0][i].reshape(-1) != -1  # other values are parts of the object
-                if self.background == 'drop':
-                    cloud = cloud[is_object]
-                    if not len(cloud):
-                        raise ValueError(f'{file}[{i}]: all points are background')
-                else:
-                    cloud = np.concatenate([cloud, is_object[:, None].astype(np.float32)], axis=1)
-            yield cloud
+        clouds = ((cloud, mask[0][i] if masked else None, f'{file}[{i}]') for i, cloud in enumerate(data))
+        yield from self._read_each(self._cloud, clouds, 4 if masked and self.background != 'drop' else 3)
+
+    def _cloud(self, cloud: np.ndarray, mask: np.ndarray | None, name: str) -> np.ndarray:
+        cloud = as_cloud(cloud[:, :3], name)
+        if mask is None:
+            return cloud
+        is_object = mask.reshape(-1) != -1  # other values are parts of the object
+        if self.background != 'drop':
+            return np.concatenate([cloud, is_object[:, None].astype(np.float32)], axis=1)
+        if not is_object.any():
+            raise ValueError(f'{name}: all points are background')
+        return cloud[is_object]

@@ -39,6 +39,9 @@ def read_rows(path: Path) -> tuple[np.ndarray, bool | None]:
     if announced is not None and announced != str(len(rows)):
         raise ValueError(f'{announced} points announced in the first line, {len(rows)} rows follow')
     points = load(rows)
+    broken = next((line for line in lines[:first] if is_broken(line, points.shape[1])), None)
+    if broken is not None:
+        raise ValueError(f'{broken[:80]!r} stands before the rows, and is neither one of them nor a header')
     return arrange(points, raw[first - 1], bool(lines[first - 1])) if first else (points, None)
 
 
@@ -82,6 +85,12 @@ def is_row(line: str) -> bool:
         return bool([float(field) for field in fields if field])
     except ValueError:
         return False
+
+
+def is_broken(line: str, columns: int) -> bool:
+    """Whether a line has as many fields as the rows, some of which only are numbers: a damaged row, and no header."""
+    fields = [field for field in split(line) if field]
+    return len(fields) == columns and any(map(is_row, fields))
 
 
 def split(line: str) -> list[str]:

@@ -297,24 +297,21 @@ def find_last_checkpoint(work_dir: str | Path) -> Path | None:
     beside the pointer is meant.
 
     Raises:
-        FileNotFoundError: the pointer names a file that is not there, or there are checkpoints without a pointer
-            (starting afresh would overwrite them).
+        FileNotFoundError: the pointer names a file that is not there, or there are checkpoints without a pointer.
     """
     pointer = Path(work_dir) / 'last_checkpoint'
     if not pointer.is_file():
         saved = [p for kind in ('epoch', 'iter') for p in Path(work_dir).glob(f'{kind}_*.pth')]
         if saved:
-            newest = max(saved, key=lambda p: (p.stat().st_mtime, len(p.name), p.name))
-            raise FileNotFoundError(f'{work_dir} has checkpoints and no last_checkpoint that says where to continue; '
-                                    f'the newest is {newest}: give it with --resume {newest}')
+            raise FileNotFoundError(f'{work_dir} has checkpoints and no last_checkpoint that says which is the last')
         return None
-    target = Path(pointer.read_text(encoding='utf-8').strip())
+    target = Path(pointer.read_text(encoding='utf-8', errors='replace').strip())
     beside = pointer.parent / target.name
     if beside.is_file():  # preferred: a copied folder must not resume from the original
         return beside
     if target.is_file():
         return target
-    raise FileNotFoundError(f'{pointer} names {target}, which does not exist; give the checkpoint to resume from')
+    raise FileNotFoundError(f'{pointer} names {str(target)[:200]!r}, which is no file')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

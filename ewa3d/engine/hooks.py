@@ -349,10 +349,12 @@ def _trim_metrics(path: Path, runner) -> None:
         os.replace(path, next(name for name in names if not name.exists()))
         return
     kept = []
-    for text in path.read_text(encoding='utf-8').splitlines():
+    for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):  # the run was killed while it wrote this one
+            continue
+        if not isinstance(line, dict) or not isinstance(line.get('epoch'), int) or 'mode' not in line:
             continue
         again = line['mode'] == 'val' and line['epoch'] == runner.epoch and runner.pending_validation
         if line['epoch'] <= runner.epoch and line['mode'] != 'test' and not again:

@@ -25,16 +25,20 @@ def catch_signals() -> Iterator[SimpleNamespace]:
     """Take down the first SIGINT or SIGTERM as ``.number`` of what this gives (0 before) and go on; the second one is
     a ``KeyboardInterrupt`` on the spot. In another thread than the main one, signals stay what they are.
 
+    Where ``.waits`` of what this gives is set to ``False``, the first one ends what is done in here, too.
+
     Raises:
-        KeyboardInterrupt: at the second signal.
+        KeyboardInterrupt: at the second signal, or SIGINT where nothing waits. SystemExit: SIGTERM there, code 143.
     """
-    caught, own = SimpleNamespace(number=0), os.getpid()
+    caught, own = SimpleNamespace(number=0, waits=True), os.getpid()
 
     def take_down(number: int, frame) -> None:
         if os.getpid() != own:  # data workers inherit this; the main process ends them
             return
-        if caught.number:
+        if caught.number or (number == signal.SIGINT and not caught.waits):
             raise KeyboardInterrupt
+        if not caught.waits:
+            raise SystemExit(128 + number)
         caught.number = number
 
     before = {}
@@ -58,28 +62,32 @@ class InterruptHook(Hook):
     """
     priority = 'LOWEST'
 
+    def before_train(self, runner) -> None:
+        if runner.interruption is not None:
+            runner.interruption.waits = True
+
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         steps = len(runner.train_dataloader)
         if (runner.iter + 1) % steps and self._came(runner):  # the end of an epoch has lines to write first
             self._save(runner, runner.iter + 1, by_epoch=False)
-            self._leave(runner)
+            self._leave(runner, runner.iter + 1)
 
     def after_train_epoch(self, runner) -> None:
         if self._came(runner):
             self._save(runner, runner.iter, by_epoch=True)
-            self._leave(runner)
+            self._leave(runner, runner.iter)
 
     def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         # a model with averaged weights is not itself here: nothing can be saved before the end of the validation
         # (ranks may have different numbers of batches here, so several of them stop at its end, too)
         saved = runner.message_hub.get_info('saved_iter') == runner.iter
         if saved and not runner.distributed and self._came(runner):
-            self._leave(runner)
+            self._leave(runner, runner.iter)
 
     def after_val(self, runner) -> None:
         if self._came(runner):
             self._save(runner, runner.iter, by_epoch=True, epoch=runner.epoch)
-            self._leave(runner)
+            self._leave(runner, runner.iter)
 
     @staticmethod
     def _came(runner) -> bool:
@@ -101,10 +109,10 @@ class InterruptHook(Hook):
             atomic_write(Path(runner.work_dir) / 'last_checkpoint', str(Path(runner.work_dir) / INTERRUPTED))
 
     @staticmethod
-    def _leave(runner) -> None:
+    def _leave(runner, iteration: int) -> None:
         number = runner.interruption.number
-        runner.logger.warning(f'{signal.Signals(number).name}: stopped after iteration {runner.iter}; the checkpoint '
-                              'is written, and --resume goes on')
+        runner.logger.warning(f'{signal.Signals(number).name}: stopped after iteration {iteration}; the checkpoint is '
+                              'written, and --resume goes on')
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(0)

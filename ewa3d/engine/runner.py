@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader
 
 import ewa3d
 from ewa3d.datasets.collate import packed_collate
-from ewa3d.engine.checkpoint import find_last_checkpoint, load_any, read_checkpoint, write_checkpoint
+from ewa3d.engine.checkpoint import load_any, read_checkpoint, write_checkpoint
 from ewa3d.engine.derive import check_save_best, fill_num_classes, selection
 from ewa3d.engine.environment import check_device, check_launcher, describe_environment, init_gloo, versions
 from ewa3d.engine.hooks import unwrapped
-from ewa3d.engine.intact import damage, find_intact_checkpoint
+from ewa3d.engine.intact import find_intact_checkpoint, passed_over, read_once
 from ewa3d.engine.interrupt import catch_signals
 from ewa3d.engine.loops import TrainLoop
 from ewa3d.engine.memory import keep_freed_memory
@@ -167,7 +167,7 @@ class Runner(_Runner):
 
     def build_model(self, model) -> nn.Module:
         """A run that goes on needs no weights to start from: its checkpoint has them all."""
-        resumed = self._resume and (self._resume is not True or find_last_checkpoint(self._work_dir))
+        resumed = self._resume and (self._resume is not True or find_intact_checkpoint(self._work_dir))
         return super().build_model(without_pretrained(model) if resumed and isinstance(model, Mapping) else model)
 
     def wrap_model(self, model_wrapper_cfg, model: nn.Module) -> nn.Module:
@@ -277,6 +277,7 @@ class Runner(_Runner):
         start = time.perf_counter()
         with self._guarded():
             with catch_signals() as self.interruption:
+                self.interruption.waits = False  # until there is something to save; see InterruptHook
                 model = super().train()
             if self._val_loop is None and self._test_loop is not None:
                 self._test_loop = self.build_test_loop(self._test_loop)
@@ -326,8 +327,8 @@ class Runner(_Runner):
                 self.logger.info(f'nothing to resume in {self._work_dir}: starting from scratch')
                 self._resume = False
         if path is not None:
-            if self._resume is True and path != (last := find_last_checkpoint(self._work_dir)):
-                self.logger.warning(f'{damage(last).rstrip(".")}. Going on from {path}, the newest intact one')
+            if self._resume is True and (reason := passed_over(self._work_dir)):
+                self.logger.warning(f'{reason.rstrip(".")}. Going on from {path}, the newest intact one')
             self.resume(str(path))
         else:
             if self._load_from is not None:
@@ -345,7 +346,7 @@ class Runner(_Runner):
 
     def load_checkpoint(self, filename, map_location='cpu', strict: bool = True, revise_keys=()) -> dict:
         """Read a checkpoint safely and load its weights: all of them, or, unless ``strict``, a pretrained backbone."""
-        checkpoint = read_checkpoint(filename, map_location)
+        checkpoint = read_once(filename) if map_location == 'cpu' else read_checkpoint(filename, map_location)
         if 'format_version' in checkpoint:
             self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         load_any(unwrapped(self.model), checkpoint, checkpoint.get('state_dict', {}), str(filename),

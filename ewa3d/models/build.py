@@ -8,7 +8,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ewa3d.checks import check_integer
-from ewa3d.config_files import find_config, is_checkpoint
+from ewa3d.config_files import find_config, is_checkpoint, read_config
 from ewa3d.models.task import TaskModel
 from ewa3d.models.weights import num_outputs
 from ewa3d.registry import MODELS, nearest
@@ -77,7 +77,7 @@ def _config_dict(config, checkpoint, weights: Mapping) -> dict:
         from ewa3d.fusing import config_of
         return copy.deepcopy(config_of(weights, None, Path(checkpoint)))
     if isinstance(config, (str, Path)):
-        config = Config.fromfile(find_config(config))
+        config = read_config(find_config(config))
     return config.to_dict() if isinstance(config, Config) else copy.deepcopy(dict(config))
 
 

@@ -18,7 +18,7 @@ from faults import FaultyFile, FaultyOS
 
 from ewa3d import cli, files
 from ewa3d.datasets import cache
-from ewa3d.engine import checkpoint, hooks
+from ewa3d.engine import checkpoint, hooks, saving
 from ewa3d.engine.runner import Runner
 
 STAGES = ('elsewhere', 'cache', 'step', 'validation', 'checkpoint', 'metrics')
@@ -76,6 +76,7 @@ def instrument(watch: Watch) -> None:
     """Put events everywhere; for a process that ends soon."""
     files.os = FaultyOS(watch)
     checkpoint.atomic_write = watch.within('checkpoint', checkpoint.atomic_write)
+    saving.atomic_write = watch.within('checkpoint', saving.atomic_write)  # the pointer to it
     hooks.append_line = watch.within('metrics', hooks.append_line)
     cache.write = watch.within('cache', cache.write)
     ordered, save, opened, call = cache.ordered, np.save, pathlib.Path.open, Runner.call_hook

@@ -4,6 +4,7 @@ import random
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -106,6 +107,36 @@ def check(name: str, folder: Path, number: int) -> int:
 @pytest.mark.parametrize('name', TREES)
 def test_damaged_files(tmp_path, name):
     check(name, tmp_path, 20)
+
+
+@pytest.mark.parametrize(('name', 'damaged'), [
+    ('modelnet_txt', 'chair/chair_0001.txt'), ('modelnet_off', 'bathtub/train/bathtub_0001.off'), ('modelnet_h5', ''),
+    ('scanobjectnn', ''), ('shapenet55', 'shapenet_pc/02691156-a1.npy'), ('parts_v0', '02773838/points/s0.pts'),
+    ('parts_normal', '02773838/s0.txt'), ('parts_h5', '')])
+def test_what_is_damaged_is_skipped(tmp_path, name, damaged, caplog):
+    """One of two clouds: a file, or one in an h5 file; with a cache, when it is written and when it is read, and
+    without."""
+    (tmp_path / 'data').mkdir()
+    cfg = TREES[name](tmp_path / 'data')
+    if damaged:
+        (tmp_path / 'data' / damaged).write_text('1 2 x\n')
+    else:
+        path = next((tmp_path / 'data').rglob('*.h5'))
+        with h5py.File(path, 'r+') as file:
+            file['data'][0, 3, 1] = np.nan
+        damaged = f'{path.name}[0]'
+    for cache in (tmp_path / 'cache', tmp_path / 'cache', None):
+        caplog.clear()
+        with caplog.at_level('WARNING', 'ewa3d'):
+            data = build({**cfg, 'cache_dir': cache, 'on_error': 'skip'})
+        assert len(data) == len(data.skipped) == 1 and not wrong(data[0], 100)
+        assert '1 of 2 samples cannot be read and are skipped' in caplog.text
+    with pytest.raises(ValueError, match='max_skipped'):
+        build({**cfg, 'cache_dir': tmp_path / 'cache', 'on_error': 'skip', 'max_skipped': 0.2})
+    with pytest.raises(ERRORS) as caught:
+        data = build(cfg)
+        data[0]
+    assert damaged in str(caught.value)
 
 
 @pytest.mark.reliability

@@ -3,9 +3,11 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 from engine_toys import on_cpu, same, toy_config  # noqa: F401
 
+from ewa3d.datasets import cache
 from ewa3d.engine.checkpoint import find_last_checkpoint, read_checkpoint
 from ewa3d.engine.interrupt import catch_signals
 from ewa3d.engine.runner import Runner
@@ -49,7 +51,8 @@ def test_a_signal_saves_and_leaves(whole, tmp_path, number, stage, iteration, sa
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     path = find_last_checkpoint(tmp_path)
     assert path.name == 'interrupted.pth' and read_checkpoint(path)['meta']['iter'] == saved
-    assert f'{signal.Signals(number).name}: stopped after' in (tmp_path / 'train.log').read_text()
+    assert (f'{signal.Signals(number).name}: stopped after iteration {saved};'
+            in (tmp_path / 'train.log').read_text())
     Runner.from_cfg(config(tmp_path, resume=True)).train()
     ours, theirs = (read_checkpoint(folder / 'epoch_2.pth') for folder in (tmp_path, whole))
     for key in ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers', 'rng'):
@@ -58,6 +61,34 @@ def test_a_signal_saves_and_leaves(whole, tmp_path, number, stage, iteration, sa
               for line in (folder / 'metrics.jsonl').read_text().splitlines()] for folder in (tmp_path, whole)]
     assert lines[0] == lines[1]
     assert not path.exists()  # a later checkpoint is complete
+
+
+@pytest.mark.parametrize(('number', 'error'), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_while_the_data_are_prepared_ends_the_run_at_once(tmp_path, monkeypatch, number, error):
+    """There is nothing to save yet, and to prepare data may take hours."""
+    cfg = config(tmp_path / 'run')
+    for name in 'abc':
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        for i in range(4):
+            np.save(tmp_path / 'data' / name / f'{i}.npy', np.random.default_rng(i).normal(size=(60, 3)))
+    data = dict(type='FolderPointCloud', data_root=str(tmp_path / 'data'), cache_dir=str(tmp_path / 'cache'),
+                pipeline=[dict(type='Resample', num_points=32), dict(type='Pack')])
+    cfg['train_dataloader'].update(dataset=data, num_workers=0)
+    ordered, given = cache.ordered, []
+
+    def interrupted(*args):
+        for cloud in ordered(*args):
+            given.append(cloud)
+            if len(given) == 2:
+                os.kill(os.getpid(), number)
+            yield cloud
+
+    monkeypatch.setattr(cache, 'ordered', interrupted)
+    runner = Runner.from_cfg(cfg)
+    with pytest.raises(error) as caught:
+        runner.train()
+    assert number == signal.SIGINT or caught.value.code == 143
+    assert len(given) == 2 and [path.suffix for path in (tmp_path / 'cache').iterdir()] == ['.lock']
 
 
 def test_the_second_signal_does_not_wait():
