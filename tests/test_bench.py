@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ewa3d.bench import SUITES, Case, Settings, Work, harness, latency, main, measure, report, step
+from ewa3d.bench import SUITES, Case, Settings, Work, harness, latency, main, measure, report, run, step
 from ewa3d.bench.ops import (
     ball_query_topk,
     chamfer_cdist,
@@ -210,6 +210,13 @@ def test_mixers_are_measured_from_64_to_16k_tokens():
     lengths = {name.split('×')[1].split()[0] for name in found}
     assert lengths == {'64', '256', '1024', '4096', '16384'} and len(found) == 5 * 2 * 2
     assert all({'attention', 'S4D', 'S4, two directions'} <= variants for variants in found.values())
+
+
+def test_chosen_cases(tmp_path):
+    main(['relatives', '--quick', '--repeat', '1', '--case', 'bf16', '--out', str(tmp_path / 'a.json')])
+    rows = json.loads((tmp_path / 'a.json').read_text())['rows']
+    assert {row['variant'] for row in rows} >= {'plain', 'EWA', 'S4D'} and all('bf16' in row['case'] for row in rows)
+    assert run(['relatives'], Settings(quick=True), part='no such case') == []
 
 
 def test_the_script_lists_its_suites():

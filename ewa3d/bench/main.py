@@ -49,9 +49,10 @@ SUITES: dict[str, Callable[[Settings], Iterator[Case]]] = {
 
 
 def run(suites: Sequence[str], settings: Settings, tell: Callable[[Row], None] = lambda row: None,
-        skip: Callable[[dict], None] = lambda what: None) -> list[Row]:
+        skip: Callable[[dict], None] = lambda what: None, part: str = '') -> list[Row]:
     """Measure the cases of ``suites``; ``tell`` hears of each row when its case is done, ``skip`` of what cannot be
-    measured here: ``suite``, ``case``, ``variant`` (or ``None`` for all) and ``reason``.
+    measured here: ``suite``, ``case``, ``variant`` (or ``None`` for all) and ``reason``. Only cases with ``part`` in
+    their name.
 
     Raises:
         ValueError: a suite that does not exist.
@@ -62,6 +63,8 @@ def run(suites: Sequence[str], settings: Settings, tell: Callable[[Row], None] =
     rows = []
     for name in suites:
         for case in _cases(name, settings, skip):
+            if part not in case.name:
+                continue
             for variant, reason in case.skipped.items():
                 skip(dict(suite=name, case=case.name, variant=variant, reason=reason))
             try:
@@ -85,9 +88,10 @@ def _cases(name: str, settings: Settings, skip: Callable[[dict], None]) -> Itera
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python tools/bench.py [suite ...] [--threads N] [--dtype fp32 bf16] [--repeat R] [--clock cpu] [--out FILE]
-    [--quick]``"""
+    [--case PART_OF_A_NAME] [--quick]``"""
     parser = Parser('ewa3d bench', description='Compare variants in one run; reports, never judges.')
     parser.add_argument('suites', nargs='*', metavar='suite', help=f'of {", ".join(SUITES)}; all by default')
+    parser.add_argument('--case', default='', help='only cases with this in their name (default: all)')
     parser.add_argument('--threads', type=int, default=1, help='compute threads (default: %(default)s)')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=list(DTYPES), help='default: all')
     parser.add_argument('--repeat', type=int, default=15, help='rounds in which the variants take turns')
@@ -116,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row)
         _progress(row)
     try:
-        run(args.suites or list(SUITES), settings, tell, skipped.append)
+        run(args.suites or list(SUITES), settings, tell, skipped.append, args.case)
     finally:
         torch.set_num_threads(threads)
         if rows or skipped:  # hours of measurements are not lost to an error in what comes after them
