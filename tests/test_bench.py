@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from ewa3d.bench import SUITES, Case, Settings, Work, harness, latency, main, measure, report, run, step
+from ewa3d.bench import SUITES, Case, Settings, Work, harness, latency, main, measure, report, step
+from ewa3d.bench.main import run
 from ewa3d.bench.ops import (
     ball_query_topk,
     chamfer_cdist,
