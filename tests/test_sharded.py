@@ -70,7 +70,7 @@ def shard_and_train(rank: int, folder: str) -> list:
     inner = expanded()
     fully_shard(inner[0].mlp.fc1, mesh=flat)
     with pytest.raises(ValueError, match=r"fully_shard was called on 0\.mlp\.fc1, a part of '0\.mlp'"):
-        ewa3d.attach_ewa(torch.optim.SGD(inner.parameters()), inner)
+        ewa3d.attach_ewa(torch.optim.SGD(inner.parameters(), lr=0.1), inner, schedule='constant')
     with pytest.raises(TypeError, match=r'state_dict\.0\.norm1\.weight is a DTensor.*full_state_dict'):
         write_checkpoint(f'{folder}/parts.pth', model.state_dict())
     return results
