@@ -41,16 +41,16 @@ class Progress:
     def __init__(self, what: str, total: int | None = None, done: int = 0, lines: bool = True):
         self.what, self.total, self.done, self.lines = what, total, done, lines
         self._first, self._started = done, time.perf_counter()
-        self._told = self._started
+        self._told, self._text = self._started, ''
         self._task = _Display.add(what, total, done) if on_terminal() else None
 
     def advance(self, count: int = 1, text: str | None = None) -> None:
-        """``count`` more steps are done; ``text`` stands behind the bar from now on."""
+        """``count`` more steps are done; ``text`` stands behind the bar, or in the line, from now on."""
         self.update(self.done + count, text)
 
     def update(self, done: int, text: str | None = None) -> None:
         """``done`` steps are done in all."""
-        self.done = done
+        self.done, self._text = done, self._text if text is None else text
         if self._task is not None:
             _Display.update(self._task, done, text)
         elif self.lines and time.perf_counter() - self._told > LINE_SECONDS:
@@ -67,7 +67,7 @@ class Progress:
         known, here = self.total is not None, self.done - self._first
         left = (self._told - self._started) / here * (self.total - self.done) if known and here > 0 else None
         return f'{self.what}: {self.done}{f"/{self.total}" if known else ""}' + \
-            ('' if left is None else f', {left:.0f} s left')
+            ('' if left is None else f', {left:.0f} s left') + (f'  {self._text}' if self._text else '')
 
     def __enter__(self) -> 'Progress':
         return self

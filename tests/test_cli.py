@@ -13,11 +13,10 @@ import pytest
 import torch
 from cli_toys import configs, fails, trained_folder
 from engine_toys import on_cpu, same, toy_config, write_config  # noqa: F401
-from mmengine.config import Config
 
 from ewa3d import build, cli, fusing
-from ewa3d.cli import evaluate
 from ewa3d.engine.checkpoint import read_checkpoint, write_checkpoint
+from ewa3d.engine.provenance import describe_data
 from ewa3d.registry import DATASETS, MODELS
 
 REPO = Path(__file__).resolve().parents[1]
@@ -152,7 +151,7 @@ def test_the_folder_is_part_of_the_data_sets_name(tmp_path):
     np.savetxt(tmp_path / 'mine' / 'a' / 'x.txt', np.random.rand(8, 3))
     dataset = dict(type='FolderPointCloud', data_root=str(tmp_path / 'mine'), split=None, cache_dir=None, classes=['a'],
                    pipeline=[dict(type='Pack')])
-    found = evaluate._describe_data(Config(dict(test_dataloader=dict(dataset=dataset))), DATASETS.build(dataset))
+    found = describe_data(dict(dataset=dataset), DATASETS.build(dataset))
     assert found['dataset'] == 'FolderPointCloud mine' and found['samples'] == 1
 
 

@@ -71,16 +71,26 @@ def test_what_is_no_run(tmp_path, capsys):
 
 
 def test_training_records_on_what_it_is_judged_and_tests_compare(tmp_path, capsys):
-    cfg = toy_config(tmp_path, epochs=1)
-    path = str(write_config(tmp_path / 'toy.py', cfg))
-    work = tmp_path / 'run'
+    pipeline = [dict(type='Normalize'), dict(type='Resample', num_points=48), dict(type='Pack')]
+    options = {f'{split}_dataloader': dict(batch_size=13, num_workers=0, dataset=dict(
+        type='SyntheticShapes', split=split, num_samples=13, num_points=60, pipeline=pipeline),
+        sampler=dict(type='DefaultSampler', shuffle=split == 'train', round_up=split == 'train'))
+        for split in ('train', 'val', 'test')}
+    path, work = str(write_config(tmp_path / 'toy.py', toy_config(tmp_path, epochs=1, **options))), tmp_path / 'run'
     assert cli.main(['train', path, '--work-dir', str(work)]) == 0
     judged = json.loads((work / 'environment.json').read_text())['judged']
-    assert judged == dict(dataset='ToyClouds', split=judged['split'], points=48, samples=9)
+    assert judged == dict(dataset='SyntheticShapes', split='val', points=48, samples=13)
     assert read_checkpoint(work / 'epoch_1.pth')['meta']['judged'] == judged
     said = 'judged on clouds of 48 points, this test has 40'
     for points in (48, 40):
         assert cli.main(['test', path, str(work / 'epoch_1.pth'), '--work-dir', str(tmp_path / f't{points}'),
-                         '--cfg-options', f'test_dataloader.dataset.num_points={points}']) == 0
+                         '--cfg-options', f'test_dataloader.dataset.pipeline.1.num_points={points}']) == 0
         assert (said in (tmp_path / f't{points}' / 'test.log').read_text()) == (points == 40)
     assert 'different numbers of points' in fails(capsys, 'compare', str(tmp_path / 't48'), str(tmp_path / 't40'))
+
+
+def test_samples_of_data_sets_of_others_are_left_alone(tmp_path):
+    cfg = toy_config(tmp_path, epochs=1)
+    assert cli.main(['train', str(write_config(tmp_path / 'toy.py', cfg)), '--work-dir', str(tmp_path / 'run')]) == 0
+    judged = json.loads((tmp_path / 'run' / 'environment.json').read_text())['judged']
+    assert judged['points'] is None and judged['dataset'] == 'ToyClouds'

@@ -213,12 +213,17 @@ def test_weights_that_build_opens(checkpoint, tmp_path):
     assert meta['versions']['torch'] == torch.__version__ and 'expand' not in meta['config']['model']
 
 
-def test_weights_that_do_not_tell_the_categories(tmp_path):
+def test_weights_that_do_not_tell_the_categories(tmp_path, monkeypatch):
     cfg = Config.fromfile(find_config('part_seg/point-mae_xs_scratch_synthetic'))
     cfg.merge_from_dict({'model.backbone.tokenizer.num_groups': 8, 'model.backbone.tokenizer.group_size': 8})
     torch.save(ewa3d.build(cfg).state_dict(), tmp_path / 'bare.pth')
+    said = []
+    monkeypatch.setattr('ewa3d.progress.LINE_SECONDS', -1)
+    monkeypatch.setattr('ewa3d.progress.print_log', lambda text, logger: said.append(text))
     report = export_checkpoint(tmp_path / 'bare.pth', tmp_path / 'a.safetensors', cfg, check_batches=(1, 2),
                                check_points=(40, 64))
+    said = [text for text in said if text.startswith('export a.safetensors: ')]
+    assert '1/5' in said[0] and said[0].endswith('tracing') and '5/5' in said[-1] and said[-1].endswith('comparing')
     assert report.written and set(report.record['inputs']) == {'points', 'category'}
     assert ewa3d.build(tmp_path / 'a.safetensors').neck.num_categories == 13
 

@@ -8,8 +8,8 @@ from mixed_toys import mixed_config, mixed_model, on_cpu  # noqa: F401
 from test_resume import assert_same_run, train
 
 from ewa3d import expand, fuse
-from ewa3d.cli.evaluate import _describe_data
 from ewa3d.engine.checkpoint import read_checkpoint
+from ewa3d.engine.provenance import describe_data
 from ewa3d.engine.runner import Runner
 from ewa3d.evaluation_tasks import TaskMetrics
 from ewa3d.layers.modality import ModalityNorm
@@ -78,7 +78,7 @@ def test_plain_blocks_start_a_model_with_norms_of_each_modality():
 
 def test_how_the_test_command_names_a_mixture():
     data = DATASETS.build(mixed_config('')['test_dataloader']['dataset'])
-    assert _describe_data(None, data) == dict(dataset='clouds + images', split='test', points=None, samples=13)
+    assert describe_data(None, data) == dict(dataset='clouds + images', split='test', points=None, samples=13)
 
 
 def test_one_expert_learns_from_both():

@@ -40,6 +40,10 @@ def test_lines_where_there_is_no_terminal(monkeypatch):
         for _ in range(5):
             job.advance()
     assert any(text.startswith('unknown: ') and '/' not in text for text in said)
+    with Progress('export', 4) as job:
+        job.advance(2, text='tracing')
+        job.advance()
+    assert said[-1].startswith('export: 3/4, ') and said[-1].endswith(' s left  tracing')
     quiet = len(said)
     with Progress('x', 9, lines=False) as job:
         for _ in range(9):

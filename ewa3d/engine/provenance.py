@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 
 import ewa3d
 from ewa3d.checks import some
-from ewa3d.datasets.base import error_text, shared_ids
+from ewa3d.datasets.base import PointDataset, error_text, shared_ids
 from ewa3d.datasets.cache import NotPrepared, only_prepared
 from ewa3d.datasets.fingerprint import differences, fingerprint, same_split
 from ewa3d.engine.derive import dataset_cfgs
@@ -54,17 +54,18 @@ class ProvenanceHook(Hook):
         checkpoint['meta'].update(self.record)
 
 
-def describe_data(loader: Mapping, dataset) -> dict:
+def describe_data(loader: Mapping, dataset, read: bool = True) -> dict:
     """What has to agree before numbers are compared: ``dataset``, ``split``, ``points`` (of the clouds that the model
     is given; ``None`` without clouds, and of a mixture) and ``samples``.
 
     Args:
         loader: the config of the loader. dataset: what was built from it.
+        read: a sample, which is where ``points`` is from.
     """
     if hasattr(dataset, 'names'):  # a mixture
         return dict(dataset=' + '.join(dataset.names), split=dataset.split, points=None, samples=len(dataset))
     inner = dataset_cfgs(loader)[-1]
-    points, samples = dataset[0]['inputs'].get('points'), len(dataset)
+    points, samples = dataset[0]['inputs'].get('points') if read else None, len(dataset)
     kind = inner.get('type')
     while not hasattr(dataset, 'split') and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset  # wrappers: the split is the data set's own
@@ -76,12 +77,17 @@ def describe_data(loader: Mapping, dataset) -> dict:
 
 
 def _judged(runner) -> dict | None:
-    """On what a run is validated, where it is; ``None`` too where that cannot be told, which ends no run."""
-    if runner.val_loop is None:
+    """On what a run is validated, where it is. Samples of data sets of others are left to their workers."""
+    loader = runner.cfg.get('val_dataloader')
+    if runner.val_loop is None or not dataset_cfgs(loader):
         return None
+    dataset = runner.val_loop.dataloader.dataset
+    inner = dataset
+    while not isinstance(inner, PointDataset) and hasattr(inner, 'dataset'):
+        inner = inner.dataset
     try:
-        return describe_data(runner.cfg.val_dataloader, runner.val_loop.dataloader.dataset)
-    except (*UNREADABLE, AttributeError):  # a loader that was built by hand has no config
+        return describe_data(loader, dataset, read=isinstance(inner, PointDataset))
+    except (*UNREADABLE, IndexError):  # what cannot be read is told when it is validated
         return None
 
 

@@ -15,6 +15,7 @@ from ewa3d.export.capture import Captured, capture
 from ewa3d.export.deploy import deploy, inputs_of_task
 from ewa3d.export.programs import FORMATS, OnnxProgram, TimmWeights, TorchProgram, Weights, require
 from ewa3d.fusing import TOLERANCE, config_of, example_inputs, fuse_and_compare, plain_config
+from ewa3d.progress import Progress
 from ewa3d.registry import nearest
 
 __all__ = ['DTYPES', 'ExportReport', 'export_checkpoint']
@@ -87,34 +88,44 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, config=None, *, t
         raise FileExistsError(f'{out} is there already; --force replaces it')
     tolerance = _checked(out, dtype, tolerance, opset, timm, batch_size, num_points, check_batches, check_points)
     require(*(TimmWeights if timm else FORMATS[out.suffix]).packages)
-    content = read_checkpoint(checkpoint)
-    cfg = config_of(content, config, checkpoint)
-    expanded = ewa3d.build(cfg, checkpoint).eval().requires_grad_(False)
-    example = inputs_of_task(expanded, example_inputs(cfg, num_points=num_points), task)
-    notes, fused, plain = _fuse(expanded, example_inputs(cfg))
-    usual = num_points or _size(example).get('points')
+    with Progress(f'export {out.name}', 3 + max(len(check_batches), len(check_points or (1, 2, 3)))) as bar:
+        content = read_checkpoint(checkpoint)
+        cfg = config_of(content, config, checkpoint)
+        expanded = ewa3d.build(cfg, checkpoint).eval().requires_grad_(False)
+        example = inputs_of_task(expanded, example_inputs(cfg, num_points=num_points), task)
+        notes, fused, plain = _fuse(expanded, example_inputs(cfg))
+        usual = num_points or _size(example).get('points')
 
-    def draw(batch: int, points: int | None, number: int = 0) -> dict[str, Tensor]:
-        found = example_inputs(cfg, batch, seed + number, points)
-        return {key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value
-                for key, value in found.items() if key in example}
+        def draw(batch: int, points: int | None, number: int = 0) -> dict[str, Tensor]:
+            found = example_inputs(cfg, batch, seed + number, points)
+            return {key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value
+                    for key, value in found.items() if key in example}
 
-    model = deploy(plain.to(getattr(torch, dtype)), tuple(example), task, features)
-    first = draw(max(batch_size or 2, 2) if dynamic else batch_size or 1, usual)  # 1 would be built into the graph
-    captured = None if out.suffix == '.safetensors' else capture(model, first, dynamic)
-    about = dict(_about(cfg, content, plain, task), source=checkpoint.name, fused=fused)
-    if out.suffix == '.onnx':
-        program = OnnxProgram(captured, opset)
-    elif out.suffix == '.pt2':
-        program = TorchProgram(captured)
-    elif timm:
-        program = TimmWeights(plain, cfg)
-        model = model if program.timm['num_classes'] else _Tokens(plain)
-    else:
-        meta = dict(content.get('meta') or {}, weights=select_weights(content)[1])
-        program = Weights(model, about, meta, tuple(example))
-    cases = list(_cases(captured, usual, check_batches, check_points)) if dynamic else [_size(first)]
-    difference = _compare(model, program.run, (draw(*_pair(case), number) for number, case in enumerate(cases)))
+        model = deploy(plain.to(getattr(torch, dtype)), tuple(example), task, features)
+        first = draw(max(batch_size or 2, 2) if dynamic else batch_size or 1, usual)  # 1 would be built into the graph
+        bar.advance(text='tracing')
+        captured = None if out.suffix == '.safetensors' else capture(model, first, dynamic)
+        about = dict(_about(cfg, content, plain, task), source=checkpoint.name, fused=fused)
+        bar.advance(text=f'converting to {out.suffix}')
+        if out.suffix == '.onnx':
+            program = OnnxProgram(captured, opset)
+        elif out.suffix == '.pt2':
+            program = TorchProgram(captured)
+        elif timm:
+            program = TimmWeights(plain, cfg)
+            model = model if program.timm['num_classes'] else _Tokens(plain)
+        else:
+            meta = dict(content.get('meta') or {}, weights=select_weights(content)[1])
+            program = Weights(model, about, meta, tuple(example))
+        cases = list(_cases(captured, usual, check_batches, check_points)) if dynamic else [_size(first)]
+        bar.advance(text='comparing')
+
+        def drawn() -> Iterator[dict[str, Tensor]]:
+            for number, case in enumerate(cases):
+                yield draw(*_pair(case), number)
+                bar.advance()
+
+        difference = _compare(model, program.run, drawn())
     record = dict(about, **_sizes(captured, model, first), difference=dict(
         difference, tolerance=tolerance, checked=cases, runtime=program.runtime,
         against=f'torch {torch.__version__} {dtype}'))
