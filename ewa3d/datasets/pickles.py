@@ -8,12 +8,13 @@ import math
 import pickle
 import re
 import struct
+from argparse import Namespace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-__all__ = ['read_numpy_pickle']
+__all__ = ['ALLOWED', 'read_numpy_pickle', 'with_arrays']
 
 
 def refuse(what: str):
@@ -49,7 +50,7 @@ class Dtype(StandIn):
     __slots__ = ('code', 'order')
 
     def __init__(self, code: str, align=False, copy=False):
-        if not isinstance(code, str) or not re.fullmatch('f[248]|[iu][1248]', code):
+        if not isinstance(code, str) or not re.fullmatch('b1|f[248]|[iu][1248]', code):
             refuse(f'an array of dtype {code!r}, numbers were expected')
         self.code, self.order = code, '='
 
@@ -165,6 +166,8 @@ def with_arrays(value, seen: dict):
         return value.array
     if isinstance(value, (StandIn, type)):
         refuse('something else than arrays and numbers')
+    if isinstance(value, Namespace):
+        with_arrays(vars(value), seen)
     if not isinstance(value, (list, tuple, dict)):
         return value
     if id(value) not in seen:

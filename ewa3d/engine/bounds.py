@@ -1,8 +1,11 @@
 """What a file may unpack to: a checkpoint takes memory and time in proportion to its size, whoever wrote it."""
+import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -11,11 +14,12 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-__all__ = ['check_archive', 'check_tree', 'no_larger_than']
+__all__ = ['check_archive', 'check_pickles', 'check_tree', 'no_larger_than']
 
 ROOM = 1 << 28  # bytes that a file, or a tensor, may unpack to, however small the file is
 RATIO = 100  # a larger content may be so many times as large as its file
 NUMBERS = 1 << 22  # parameters that any model may have
+LEGACY = 5  # pickles that a checkpoint of an old release begins with
 NODES = 100_000  # entries that a tree may have beyond one for each byte of its file
 
 
@@ -28,6 +32,42 @@ def check_archive(path: Path) -> None:
         unpacked = sum(info.file_size for info in archive.infolist())
     if unpacked > max(ROOM, RATIO * path.stat().st_size):
         raise ValueError(f'{path.stat().st_size} bytes that unpack to {unpacked}')
+
+
+def check_pickles(path: Path) -> None:
+    """Raise ``UnpicklingError`` where the pickles of a checkpoint would take time or memory without end, though all
+    that they name is harmless: tuples that hold one another many times over, which are hashed as keys of a dict, and
+    ``bytearray``, which takes any size."""
+    room = path.stat().st_size + NODES
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.filename.endswith('.pkl'):
+                    _check_pickle(archive.read(info), room)
+        return
+    with path.open('rb') as file, suppress(ValueError):  # what is no pickle is torch's to say
+        for _ in range(LEGACY):
+            _check_pickle(file, room)
+
+
+def _check_pickle(content: bytes | IO[bytes], room: int) -> None:
+    memo: dict[int, int] = {}  # what is kept for later: how many tuples a tuple unfolds to, 0 for anything else
+    weight, fetched, last = 0, 0, ''
+    for opcode, argument, _ in pickletools.genops(content):
+        name = opcode.name
+        if name.endswith('PUT') or name == 'MEMOIZE':
+            memo[len(memo) if argument is None else argument] = weight if last.startswith('TUPLE') else 0
+        elif name.endswith('GET'):
+            fetched += memo.get(argument, 0)
+        elif name == 'DUP':
+            fetched += weight
+        elif name.startswith('TUPLE'):
+            weight, fetched = 1 + fetched, 0
+        if weight > room:
+            raise pickle.UnpicklingError('tuples that hold one another')
+        if name == 'GLOBAL' and argument.endswith(' bytearray'):
+            raise pickle.UnpicklingError('GLOBAL bytearray')
+        last = name
 
 
 def check_tree(value, size: int) -> None:

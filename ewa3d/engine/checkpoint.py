@@ -25,12 +25,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ewa3d.checks import some
-from ewa3d.engine.bounds import check_archive, check_tree
+from ewa3d.datasets.pickles import ALLOWED, with_arrays
+from ewa3d.engine.bounds import check_archive, check_pickles, check_tree
 from ewa3d.engine.plain import checksum, storable, to_plain
 from ewa3d.files import atomic_write, check_writable
 from ewa3d.layers.experts import iter_experts
@@ -144,15 +144,11 @@ def _inert_classes() -> list:
     """What a pickle may name beyond torch's own list: values without behaviour, found in published checkpoints.
 
     Old files of Point-BERT and Point-MAE hold their accuracy as an object of a class of theirs. Its attributes are read
-    into a namespace; the class is neither looked for nor needed.
+    into a namespace; the class is neither looked for nor needed. Arrays and numbers of numpy are made here.
     """
-    core = getattr(np, '_core', None) or np.core
-    dtypes = [type(np.dtype(code)) for code in '?bhilqBHILQefd']
-    allowed: list = [argparse.Namespace, OrderedDict, np.dtype, np.ndarray, *dtypes]
-    for package in ('numpy.core', 'numpy._core'):  # numpy 1 and numpy 2 write different names for the same functions
-        allowed.append((core.multiarray.scalar, f'{package}.multiarray.scalar'))
-        allowed.append((core.multiarray._reconstruct, f'{package}.multiarray._reconstruct'))
-    return allowed + [(argparse.Namespace, f'tools.{runner}.Acc_Metric') for runner in _RUNNERS_WITH_METRIC]
+    arrays = [(value, f'{module}.{name}') for (module, name), value in ALLOWED.items() if module.startswith('numpy')]
+    metrics = [(argparse.Namespace, f'tools.{runner}.Acc_Metric') for runner in _RUNNERS_WITH_METRIC]
+    return [argparse.Namespace, OrderedDict, *arrays, *metrics]
 
 
 def read_checkpoint(path: str | Path, map_location='cpu') -> dict:
@@ -189,8 +185,9 @@ def read_checkpoint(path: str | Path, map_location='cpu') -> dict:
 def _read_pickle(path: Path) -> dict:
     try:
         check_archive(path)
+        check_pickles(path)
         with torch.serialization.safe_globals(_inert_classes()):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            checkpoint = with_arrays(torch.load(path, map_location='cpu', weights_only=True), {})
     except pickle.UnpicklingError as error:
         asked = re.search(r'GLOBAL (\S+)', str(error))
         reason = (f'its pickle asks for {asked.group(1)!r}, which is not on the list of inert types' if asked else

@@ -10,11 +10,12 @@ import h5py
 import numpy as np
 import pytest
 from faults import need_open3d
-from test_hostile import BOX, check_refused, npy_header, pcd, ply, secret
+from test_hostile import BOX, Runs, check_refused, npy_header, pcd, ply, saved, secret
 
 from ewa3d.cli.options import load_config
 from ewa3d.datasets.io import read_cloud
 from ewa3d.datasets.pickles import read_numpy_pickle
+from ewa3d.engine.checkpoint import read_checkpoint
 
 TRAPS: dict = {}  # name → (file name, reader, function that gives the content or writes the file)
 TRIANGLE = b'v 0 0 0\nv 1 0 0\nv 0 1 0\n'
@@ -46,6 +47,48 @@ for _name, _begin, _end in (('an_item', b'}', b'K\x01s'), ('items', b'}(', b'K\x
                             ('a_set', b'\x8f(', b'\x90'), ('a_frozenset', b'(', b'\x91')):
     TRAPS[f'pickle_that_hashes_{_name}'] = 'x.pkl', read_numpy_pickle, lambda folder, begin=_begin, end=_end: (
         b'\x80\x04' + begin + TWICE + end + b'.')
+
+
+def checkpoint_of(content: bytes, folder: Path) -> None:
+    with zipfile.ZipFile(folder / 'x.pth', 'w') as archive:
+        for name, data in (('data.pkl', content), ('version', b'3'), ('byteorder', b'little')):
+            archive.writestr(f'x/{name}', data)
+
+
+CHAIN = b'(K\x01tq\x01' + b''.join(b'h%ch%c\x86q%c' % (i, i, i + 1) for i in range(1, 60))  # the same without copies
+
+
+@trap('x.pth', read_checkpoint)
+def checkpoint_that_hashes(folder):
+    checkpoint_of(b'\x80\x02}q\x00' + CHAIN + b'h\x00h\x3cK\x01s.', folder)
+
+
+@trap('x.pth', read_checkpoint)
+def old_checkpoint_that_hashes(folder):
+    whole = saved(dict(state_dict={}), _use_new_zipfile_serialization=False)
+    return whole.replace(b'}q\x00', b'}q\x00' + CHAIN + b'h\x00h\x3cK\x01s', 2)
+
+
+@trap('x.pth', read_checkpoint)
+def checkpoint_of_much_memory(folder):
+    return saved(dict(state_dict={}, meta=dict(a=Runs(bytearray, (3 * 10 ** 9,)))))
+
+
+@trap('x.pth', read_checkpoint)
+def checkpoint_of_a_large_array(folder):
+    return saved(dict(state_dict={}, meta=dict(a=Runs(np.ndarray, ((10 ** 9,),)))))
+
+
+@trap('x.pth', read_checkpoint)
+def checkpoint_of_a_large_array_of_objects(folder):
+    made = Runs(np._core.multiarray._reconstruct, (np.ndarray, (10 ** 8,), b'O'))
+    return saved(dict(state_dict={}, meta=dict(a=made)))
+
+
+@trap('x.pth', read_checkpoint)
+def checkpoint_of_a_pointer(folder):
+    return saved(dict(state_dict={}, meta=dict(a=Runs(
+        np._core.multiarray.scalar, (Runs(np.dtype, ([('a', 'O')],)), b'AAAAAAAA')))))
 
 
 # ---- archives, h5 ---------------------------------------------------------------------------------------------------

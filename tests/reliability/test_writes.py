@@ -171,3 +171,27 @@ def test_a_run_resumes_from_the_intact_one_and_says_so(tmp_path):
     assert same(dict(runner.model.state_dict()), whole)
     log = (tmp_path / 'train.log').read_text()
     assert 'epoch_2.pth cannot be read' in log and 'epoch_1.pth, the newest intact one' in log
+
+
+# ---- any byte -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('name', [
+    name if name == 'metrics.json' else pytest.param(name, marks=pytest.mark.reliability) for name in WRITERS])
+def test_a_file_that_may_not_grow_beyond_any_byte(tmp_path, name):
+    """The system itself stops the write there, in the middle of whatever is being written."""
+    resource = pytest.importorskip('resource')
+    write = WRITERS[name]
+    path = write(tmp_path / 'run' / name, 1)
+    before, there = path.read_bytes(), sorted(path.parent.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    length = WRITERS[name](tmp_path / 'other' / name, 2).stat().st_size
+    sizes = range(0, length, max(1, length // 3000))
+    for size in sizes:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with pytest.raises(OSError, match='File too large: could not be written and is what it was before'):
+                write(path, 2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before and sorted(path.parent.iterdir()) == there
+    assert write(path, 2).read_bytes() != before
+    print(f'\n{name}: {length} bytes, writing it stopped at {len(sizes)} of them: the old one was intact')
