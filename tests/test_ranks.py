@@ -99,6 +99,13 @@ def preempt(cfg: dict, rank: int) -> int | None:
     return None
 
 
+def normed(folder, ranks: int, **options) -> dict:
+    """With experts, and with a BatchNorm, of which each rank has statistics of its own until an epoch ends."""
+    cfg = config(folder, ranks, **EXPERTS, **options)
+    cfg['model']['head'] = dict(type='ClsHead', hidden=16)
+    return cfg
+
+
 def evaluating(cfg: dict) -> dict:
     training = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator')
@@ -120,8 +127,9 @@ def job(rank: int, folder: str, ranks: int) -> dict:
         results['loop'] = loop(rank)
         return results
     results['synchronised'] = synchronised(folder, ranks)
-    results['code'] = preempt(config(f'{folder}/preempted', ranks, **EXPERTS), rank)
-    results['preempted'] = train(config(f'{folder}/preempted', ranks, resume=True, **EXPERTS))
+    results['normed'] = train(normed(f'{folder}/normed', ranks))
+    results['code'] = preempt(normed(f'{folder}/preempted', ranks), rank)
+    results['preempted'] = train(normed(f'{folder}/preempted', ranks, resume=True))
     first = f'{folder}/shards/epoch_1.pth'
     results['resumed'] = train(config(f'{folder}/resumed', ranks, resume=first, **SHARDS))
     runner = Runner.from_cfg(config(f'{folder}/loaded', ranks, load_from=f'{folder}/plain/epoch_2.pth', **SHARDS))
@@ -259,9 +267,10 @@ def test_metrics_are_those_of_one_process(runs, ranks):
 def test_sigterm_to_one_rank_ends_all_with_a_checkpoint(runs):
     for result in runs[1][2]:
         assert result['code'] == 0
-        assert same(result['preempted']['state'], result['experts']['state'])
-        assert result['preempted']['losses'][-1] == result['experts']['losses'][-1]
-    for line, other in zip(*(lines_of(runs[0] / '2' / name) for name in ('preempted', 'experts')), strict=True):
+        assert any('running_mean' in key for key in result['normed']['state'])
+        assert same(result['preempted']['state'], result['normed']['state'])
+        assert result['preempted']['losses'][-1] == result['normed']['losses'][-1]
+    for line, other in zip(*(lines_of(runs[0] / '2' / name) for name in ('preempted', 'normed')), strict=True):
         assert line == pytest.approx(other, rel=1e-12)
 
 

@@ -10,9 +10,10 @@ it), or a ``.safetensors`` file with weights only. Keys:
     ``dataset_meta``, ``versions``, ``time``, ``metrics``, ``weights`` (``'raw'``, or ``'ema'`` when averaged);
 ``state_dict``
     the weights one would deploy: the averaged ones where the run has a model EMA;
-``ema_state_dict``, ``optimizer``, ``param_schedulers``, ``rng``, ``message_hub``, ``gradients``, ``epoch_scalars``
-    what resuming needs (gradients only between two steps of an accumulation, scalars only inside an epoch); absent in
-    best and fused checkpoints.
+``ema_state_dict``, ``optimizer``, ``param_schedulers``, ``rng``, ``message_hub``, ``gradients``, ``epoch_scalars``,
+``buffers``
+    what resuming needs (gradients only between two steps of an accumulation, scalars only inside an epoch, and buffers,
+    of each of several ranks, too); absent in best and fused checkpoints.
 
 Nothing in a file is ever executed: pickles are read with an allow-list, configs are data.
 """
@@ -251,7 +252,8 @@ _TYPES = {'meta': (Mapping, 'a dict'), 'meta.dataset_meta': (Mapping, 'a dict'),
           'meta.iter': (int, 'an integer'), 'meta.seed': (int, 'an integer'), 'meta.epoch_length': (int, 'an integer')}
 _TYPES_OF_OURS = {'meta.data': (Mapping, 'a dict'), 'ema_state_dict': (Mapping, 'a dict'),
                   'optimizer': (Mapping, 'a dict'), 'rng': (list, 'a list'), 'message_hub': (Mapping, 'a dict'),
-                  'gradients': (list, 'a list'), 'epoch_scalars': (Mapping, 'a dict')}
+                  'gradients': (list, 'a list'), 'buffers': (list, 'a list'),
+                  'epoch_scalars': (Mapping, 'a dict')}
 
 
 def _check_entries(checkpoint: dict, path: Path) -> None:

@@ -389,6 +389,7 @@ class Runner(_Runner):
                 for scheduler, state in zip(schedulers, saved.get(name, ())):
                     scheduler.load_state_dict(state)
         self._restore_gradients(checkpoint.get('gradients'))
+        self._restore_buffers(checkpoint.get('buffers'))
         self.logger.info(f'resumed {filename} after epoch {self.epoch}, iteration {self.iter}')
 
     def _warn_differences(self, meta: Mapping) -> None:
@@ -418,7 +419,7 @@ class Runner(_Runner):
         checkpoint = dict(meta={**position, **(meta or {})}, state_dict=gathered(unwrapped(self.model).state_dict()))
         if save_optimizer:
             checkpoint['optimizer'] = gathered(self.optim_wrapper.state_dict())
-            checkpoint.update(self._accumulated_gradients())
+            checkpoint.update(self._accumulated_gradients(), **({} if by_epoch else self._own_buffers()))
         if save_param_scheduler and self.param_schedulers:
             states = self.param_schedulers
             checkpoint['param_schedulers'] = (
@@ -453,6 +454,19 @@ class Runner(_Runner):
             for name, parameter in unwrapped(self.model).named_parameters():
                 if name in gradients[self.rank]:
                     parameter.grad = gradients[self.rank][name].to(parameter.device, copy=True)
+
+    def _own_buffers(self) -> dict:
+        """Up to the end of an epoch, each rank has statistics of its own in a BatchNorm."""
+        if not self.distributed:
+            return {}
+        named = unwrapped(self.model).named_buffers()
+        return dict(buffers=all_gather_object({k: v.cpu() for k, v in named if not hasattr(v, 'full_tensor')}))
+
+    def _restore_buffers(self, buffers: list | None) -> None:
+        if buffers and len(buffers) == self.world_size:
+            for name, buffer in unwrapped(self.model).named_buffers():
+                if name in buffers[self.rank]:
+                    buffer.copy_(buffers[self.rank][name])
 
     def _meta(self, checkpoint: dict) -> dict:
         dataset_meta = getattr(self.train_dataloader.dataset, 'metainfo', None) or {}
