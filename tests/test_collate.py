@@ -33,7 +33,7 @@ def check_equal(one, other):
         for a, b in zip(one, other):
             check_equal(a, b)
     elif isinstance(one, Sample):
-        check_equal(dict(one.items()), dict(other.items()))
+        check_equal(dict(sorted(one.items())), dict(sorted(other.items())))  # a set names the fields: no order
         assert dict(one.metainfo_items()) == dict(other.metainfo_items())
     elif isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.shape == other.shape and one.is_contiguous() == other.is_contiguous()

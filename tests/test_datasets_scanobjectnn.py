@@ -135,7 +135,7 @@ def test_a_group_is_no_array(root):
 def test_what_cannot_be_read_names_the_file(root):
     """A link to nothing, an array without content, one that no memory holds."""
     write(root / TRAIN, **{**arrays(4), 'data': h5py.SoftLink('/nowhere')})
-    with pytest.raises(ValueError, match=r"scale75\.h5: (has no key 'data'|cannot be read)"):
+    with pytest.raises(ValueError, match=r"scale75\.h5: 'data' is a link"):
         make(root)
     write(root / TRAIN, **{**arrays(4), 'data': h5py.Empty('f4')})
     with pytest.raises(ValueError, match=r"scale75\.h5: 'data' is a group or holds nothing"):

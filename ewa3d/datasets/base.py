@@ -224,16 +224,19 @@ class PointDataset(Dataset):
 
     # ---- inside -----------------------------------------------------------------------------------------------------
     def _read_each(self, read: Callable, sources: Iterable[tuple], columns: int) -> Iterator[np.ndarray]:
-        """``read(*source)`` of each, for a cache; with ``on_error='skip'`` a cloud without points where that fails."""
-        for source in sources:
+        """``read(*source)`` of each, for a cache; with ``on_error='skip'`` a cloud without points where that fails.
+
+        A ``map``, which goes on after an error where a generator would have ended: ``data check`` tells all of them.
+        """
+        def one(source: tuple) -> np.ndarray:
             try:
-                cloud = read(*source)
+                return read(*source)
             except DATA_ERRORS as error:
                 if self.on_error == 'raise':
                     raise
                 logger.warning('%s', error)
-                cloud = np.empty((0, columns), np.float32)
-            yield cloud
+                return np.empty((0, columns), np.float32)
+        return map(one, sources)
 
     def _cache_settings(self, **settings) -> dict:
         """``settings`` of a cache, which may have clouds without points."""
