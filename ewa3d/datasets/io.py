@@ -163,7 +163,7 @@ def read_h5_cloud(path: Path) -> Cloud:
     """One cloud a file, under the key ``points``, ``data``, ``xyz``, or the only one."""
     import h5py
     with open_h5(path) as file:
-        keys = [key for key in file if not isinstance(file.get(key, getlink=True), h5py.HardLink)
+        keys = [key for key in file if isinstance(file.get(key, getlink=True), (h5py.SoftLink, h5py.ExternalLink))
                 or isinstance(file[key], h5py.Dataset)]
         return Cloud(own_array(file, pick_key(keys, path), path)[()])
 
@@ -214,8 +214,8 @@ def read_h5(path: Path, *keys: str) -> list[np.ndarray]:
 def own_array(file, key: str, path: Path):
     """The numbers ``key`` of an open h5 file, which have to lie in that file and to be as many as it says."""
     import h5py
-    own = isinstance(file.get(key, getlink=True), h5py.HardLink)  # a soft link may lead to one to another file
-    array = file[key] if own else None
+    linked = isinstance(file.get(key, getlink=True), (h5py.SoftLink, h5py.ExternalLink))  # a soft one may lead to such
+    array = None if linked else file[key]
     if array is None or getattr(array, 'external', None) or getattr(array, 'is_virtual', False):
         raise ValueError(f'{path}: {key!r} is a link, perhaps into another file, which is not followed')
     if getattr(array, 'shape', None) is None:

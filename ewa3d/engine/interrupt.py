@@ -35,11 +35,11 @@ def catch_signals() -> Iterator[SimpleNamespace]:
     def take_down(number: int, frame) -> None:
         if os.getpid() != own:  # data workers inherit this; the main process ends them
             return
-        if caught.number or (number == signal.SIGINT and not caught.waits):
+        first, caught.number = not caught.number, caught.number or number
+        if not first or (number == signal.SIGINT and not caught.waits):
             raise KeyboardInterrupt
         if not caught.waits:
             raise SystemExit(128 + number)
-        caught.number = number
 
     before = {}
     if threading.current_thread() is threading.main_thread():
